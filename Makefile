@@ -1,0 +1,72 @@
+# make        the whole road on the default world: data → base → sft → comparisons → reward → ppo, dpo → table
+# make test   the tests;  make test-all  the slow ones too;  make bench  speed;  make clean  removes $(OUT)
+#
+# NPROC=2 ZERO=3 OUT=out2 SEED=1    processes, ZeRO stage, output folder, seed of everything
+# PIP="..."                         further arguments of pip install, such as another index for torch
+
+PYTHON ?= python3
+NPROC ?= 1
+ZERO ?= 0
+OUT ?= out
+SEED ?= 0
+PIP ?=
+
+BIN := .venv/bin
+LAUNCH := $(BIN)/python
+ifneq ($(NPROC),1)
+LAUNCH := OMP_NUM_THREADS=1 $(BIN)/torchrun --standalone --nproc-per-node $(NPROC)
+endif
+FLAGS := --zero $(ZERO) --seed $(SEED)
+.DELETE_ON_ERROR:
+.PHONY: all data base sft collect reward ppo dpo test test-all bench clean
+
+all: $(OUT)/table.json
+data: $(OUT)/data/tokenizer.json
+base: $(OUT)/base/eval.json
+sft: $(OUT)/sft/eval.json
+collect: $(OUT)/comparisons.jsonl
+reward: $(OUT)/reward/eval.json
+ppo: $(OUT)/ppo/eval.json
+dpo: $(OUT)/dpo/eval.json
+
+.venv/ready: requirements.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP) -r requirements.txt
+	touch $@
+
+$(OUT)/data/tokenizer.json: | .venv/ready
+	$(BIN)/python data.py world --seed $(SEED) --out $(OUT)/data
+
+$(OUT)/base/eval.json: $(OUT)/data/tokenizer.json
+	$(LAUNCH) pretrain.py $(FLAGS) --data $(OUT)/data/corpus.jsonl --tokenizer $(OUT)/data --out $(OUT)/base
+
+$(OUT)/sft/eval.json: $(OUT)/base/eval.json
+	$(LAUNCH) sft.py $(FLAGS) --data $(OUT)/data/sft.jsonl --init $(OUT)/base --out $(OUT)/sft
+
+$(OUT)/comparisons.jsonl: $(OUT)/sft/eval.json
+	$(LAUNCH) reward.py collect $(FLAGS) --init $(OUT)/sft --prompts $(OUT)/data/prompts.jsonl --out $@
+
+$(OUT)/reward/eval.json: $(OUT)/comparisons.jsonl
+	$(LAUNCH) reward.py $(FLAGS) --init $(OUT)/sft --data $< --out $(OUT)/reward
+
+$(OUT)/ppo/eval.json: $(OUT)/reward/eval.json
+	$(LAUNCH) ppo.py $(FLAGS) --init $(OUT)/sft --reward $(OUT)/reward --prompts $(OUT)/data/prompts.jsonl --out $(OUT)/ppo
+
+$(OUT)/dpo/eval.json: $(OUT)/comparisons.jsonl
+	$(LAUNCH) dpo.py $(FLAGS) --init $(OUT)/sft --data $< --out $(OUT)/dpo
+
+$(OUT)/table.json: $(OUT)/ppo/eval.json $(OUT)/dpo/eval.json
+	$(LAUNCH) reward.py table $(FLAGS) --models $(OUT)/base,$(OUT)/sft,$(OUT)/ppo,$(OUT)/dpo \
+	  --data $(OUT)/data/eval.jsonl --text $(OUT)/data/heldout.jsonl --out $@
+
+test: .venv/ready
+	$(BIN)/python -m pytest -q -m "not slow" tests
+
+test-all: .venv/ready
+	$(BIN)/python -m pytest -q tests
+
+bench: .venv/ready
+	$(BIN)/python tests/bench.py
+
+clean:
+	rm -rf $(OUT)

@@ -1,0 +1,34 @@
+"""What all tests share: the sources on the import path, and a pool of ranks that is started once.
+
+`ranks(n, function, *arguments)` calls function(rank, *arguments) on n processes joined by gloo and returns the
+list of results. Starting a process costs seconds (it imports torch), a new process group milliseconds: three
+processes serve every test of a session, and each call has a group of its own.
+"""
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+
+sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parent)]
+torch.set_num_threads(1)  # the models are small: threads cost more than they bring
+
+
+@pytest.fixture(scope="session")
+def ranks(tmp_path_factory):
+    from pool import Pool
+
+    pool = Pool(tmp_path_factory.mktemp("stores"))
+    yield pool
+    pool.close()
+
+
+@pytest.fixture
+def alone():
+    """A process group of one, in the test's own process."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    if dist.is_initialized():
+        dist.destroy_process_group()

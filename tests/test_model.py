@@ -1,0 +1,350 @@
+"""The transformer against torch and hand computations.   python -m pytest tests/test_model.py
+
+Each test fails when one interesting line of model.py is wrong: a mask, a sign, a shift, a scale.
+"""
+
+import json
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import model as m
+from model import IGNORE, PRESETS, CausalLM, ModelConfig, ScalarModel, generate, token_logprobs
+
+SHAPE = dict(vocab_size=31, hidden_size=24, intermediate_size=40, num_hidden_layers=2,
+             num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=24)
+
+
+def build(kind=CausalLM, seed=0, dtype=torch.float32, spread=0.3, **changes):
+    """A tiny model whose weights are large enough that every token matters to every other."""
+    torch.manual_seed(seed)
+    net = kind(ModelConfig(**SHAPE | changes))
+    for p in net.parameters():
+        torch.nn.init.normal_(p, 1.0 if p.dim() < 2 else 0.0, spread)
+    return net.to(dtype)
+
+
+def ids(*shape, seed=1):
+    return torch.randint(0, SHAPE["vocab_size"], shape, generator=torch.Generator().manual_seed(seed))
+
+
+# ------------------------------------------------------------------------------ attention, layers
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])  # on a CPU: fused, formula
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_changing_a_token_leaves_all_earlier_logits_bit_identical(dtype, checkpointing):
+    net, x = build(dtype=dtype), ids(2, 9)
+    net.model.activation_checkpointing = checkpointing
+    before = net(x)
+    for t in range(9):
+        y = x.clone()
+        y[:, t] = (y[:, t] + 1) % SHAPE["vocab_size"]
+        after = net(y)
+        assert torch.equal(before[:, :t], after[:, :t])
+        assert (before[:, t:] != after[:, t:]).any(-1).all()
+
+
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 2e-6), (torch.float64, 1e-12)])
+@pytest.mark.parametrize("H, K", [(4, 4), (6, 2), (4, 1)])
+@pytest.mark.parametrize("case", ["square", "one token", "cached"])
+def test_the_formula_and_the_fused_kernel_agree_with_attention_row_by_row(dtype, tolerance, H, K, case):
+    torch.manual_seed(0)
+    B, D = 3, 8
+    T, S = {"square": (7, 7), "one token": (1, 1), "cached": (2, 7)}[case]
+    q, k, v = (torch.randn(B, n, t, D, dtype=dtype) for n, t in ((H, T), (K, S), (K, S)))
+    mask = torch.ones(T, S, dtype=torch.bool).tril()
+    if case == "cached":  # rows of different lengths: each query has its own position
+        positions = torch.tensor([[0, 3], [6, 2], [5, 6]])
+        mask = (torch.arange(S) <= positions[:, :, None])[:, None]
+    expected = torch.empty(B, H, T, D, dtype=dtype)
+    for b, h, t in torch.cartesian_prod(*map(torch.arange, (B, H, T))).tolist():
+        seen = mask[t] if mask.dim() == 2 else mask[b, 0, t]
+        keys, values = k[b, h * K // H][seen], v[b, h * K // H][seen]
+        expected[b, h, t] = (keys @ q[b, h, t] / math.sqrt(D)).softmax(0) @ values
+    for attention in (m.attention_formula, m.attention_fused):
+        torch.testing.assert_close(attention(q, k, v, mask), expected, atol=tolerance, rtol=0)
+
+
+def test_rmsnorm_and_swiglu_compute_their_papers_formulas():
+    torch.manual_seed(0)
+    x = torch.randn(3, 24, dtype=torch.float64) * 5
+    norm = m.RMSNorm(24, 1e-5).double()
+    torch.nn.init.normal_(norm.weight)
+    torch.testing.assert_close(norm(x), F.rms_norm(x, (24,), norm.weight, 1e-5), atol=1e-12, rtol=0)
+    wide = m.RMSNorm(24, 1e-5).bfloat16()(x.bfloat16())  # squares of 16-bit numbers are summed in 32
+    torch.testing.assert_close(wide, F.rms_norm(x.bfloat16().float(), (24,), eps=1e-5).bfloat16(),
+                               atol=0, rtol=0)
+    mlp = m.SwiGLU(ModelConfig(**SHAPE)).double()
+    gate, up = x @ mlp.gate_proj.weight.T, x @ mlp.up_proj.weight.T
+    expected = (gate / (1 + (-gate).exp()) * up) @ mlp.down_proj.weight.T
+    torch.testing.assert_close(mlp(x), expected, atol=1e-12, rtol=0)
+
+
+def test_rope_is_a_rotation_and_scores_depend_on_the_distance_only():
+    cos, sin = m.rope_table(ModelConfig(**SHAPE | dict(head_dim=8, rope_theta=100.0)))
+    torch.manual_seed(0)
+    q, k = torch.randn(2, 8, dtype=torch.float64)
+    turned = m.rotate(q.expand(24, 8), cos, sin)  # q at every position
+    pairs = torch.complex(q[:4], q[4:])  # (x_i, x_{i+D/2}) is a complex number
+    angle = torch.arange(24)[:, None] * 100.0 ** -(torch.arange(4).double() / 4)
+    pairs = pairs * torch.polar(torch.ones_like(angle), angle)
+    torch.testing.assert_close(turned, torch.cat([pairs.real, pairs.imag], -1), atol=1e-12, rtol=0)
+    scores = turned @ m.rotate(k.expand(24, 8), cos, sin).T
+    torch.testing.assert_close(scores[1:, 1:], scores[:-1, :-1], atol=1e-12, rtol=0)
+    assert (scores[0] - scores[0, 0])[1:].abs().min() > 1e-3  # and they do depend on it
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen2", "qwen3"])
+@pytest.mark.parametrize("tied", [True, False])
+def test_num_parameters_counts_what_the_model_has(kind, tied):
+    net = build(model_type=kind, tie_word_embeddings=tied, head_dim=10)
+    assert net.config.num_parameters() == sum(p.numel() for p in net.parameters())
+
+
+@pytest.mark.parametrize("name, size", [("gpt2-124m", 124e6), ("llama-7b", 6_738_415_616),
+                                        ("llama-65b", 65_285_660_672), ("gpt3-175b", 175e9)])
+def test_the_presets_have_the_sizes_of_the_documents_models(name, size):
+    assert abs(PRESETS[name].num_parameters() / size - 1) < (0.01 if size % 1e6 == 0 else 1e-9)
+
+
+def test_a_row_alone_gives_the_logits_it_has_in_a_padded_batch():
+    net, batch = build(), ids(3, 12)
+    logits = net(batch)
+    for row, length in enumerate((4, 12, 7)):  # what stands behind the length is padding
+        alone = net(batch[row : row + 1, :length])
+        torch.testing.assert_close(logits[row : row + 1, :length], alone, atol=2e-5, rtol=0)
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_checkpointing_gives_the_same_gradients_and_saves_fewer_bytes(frozen):
+    results = []
+    for checkpointing in (False, True):
+        net, saved = build(num_hidden_layers=4, tie_word_embeddings=False), []
+        net.model.activation_checkpointing = checkpointing
+        net.model.embed_tokens.requires_grad_(not frozen)  # the reentrant kind loses all gradients
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t.nbytes) or t, lambda t: t):
+            loss = -token_logprobs(net, ids(2, 20), ids(2, 20, seed=2)).mean()
+        loss.backward()
+        results.append((sum(saved), [p.grad for p in net.parameters() if p.requires_grad]))
+    assert all(torch.equal(a, b) for a, b in zip(results[0][1], results[1][1]))
+    assert results[1][0] < 0.3 * results[0][0]
+
+
+# ---------------------------------------------------------------------- log-probabilities, heads
+
+
+@pytest.mark.parametrize("chunk", [3, 7, 1024])  # 7 rows: two boundaries, one exactly at the end, none
+def test_target_logprobs_are_log_softmax_and_gather_in_value_and_gradient(monkeypatch, chunk):
+    monkeypatch.setattr(m.TargetLogprobs, "CHUNK", chunk)
+    torch.manual_seed(0)
+    hidden = torch.randn(7, 4, dtype=torch.float64, requires_grad=True)
+    weight = torch.randn(5, 4, dtype=torch.float64, requires_grad=True)
+    targets = torch.randint(0, 5, (7,))
+    expected = (hidden @ weight.T).log_softmax(-1)[torch.arange(7), targets]
+    ours = m.TargetLogprobs.apply(hidden, weight, targets)
+    torch.testing.assert_close(ours, expected, atol=1e-13, rtol=0)
+    assert torch.autograd.gradcheck(m.TargetLogprobs.apply, (hidden, weight, targets))
+    up = torch.randn(7, dtype=torch.float64)
+    grads = [torch.autograd.grad(y, (hidden, weight), up) for y in (ours, expected)]
+    torch.testing.assert_close(*grads, atol=1e-12, rtol=0)
+
+
+def test_ignored_targets_give_zero_and_no_gradient(tied=True):
+    net, x, targets = build(), ids(2, 6), ids(2, 6, seed=2)
+    targets[0, :4] = IGNORE
+    hidden = net.model(x).detach().requires_grad_()
+    logprobs = net.lm_head(hidden, targets)
+    expected = net.lm_head(hidden).log_softmax(-1).gather(2, targets.clamp(min=0)[..., None])[..., 0]
+    expected = expected * (targets != IGNORE)
+    torch.testing.assert_close(logprobs, expected, atol=1e-5, rtol=0)
+    assert (logprobs[0, :4] == 0).all()
+    weights = torch.arange(12.0).view(2, 6)  # the order of rows and columns matters
+    ours, theirs = (torch.autograd.grad((y * weights).sum(), hidden)[0] for y in (logprobs, expected))
+    torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-5)
+    assert (ours[0, :4] == 0).all()
+    token_logprobs(net, x, torch.full_like(x, IGNORE)).sum().backward()  # an empty micro-batch
+    assert all((p.grad == 0).all() for p in net.parameters())
+
+
+@pytest.mark.parametrize("changes", [{}, {"tie_word_embeddings": False}])
+def test_the_first_loss_is_ln_v_plus_half_c_sigma_squared(changes):
+    torch.manual_seed(0)
+    config = ModelConfig(**changes)
+    x = torch.randint(0, config.vocab_size, (4, 129))
+    loss = -token_logprobs(CausalLM(config), x[:, :-1], x[:, 1:]).mean().item()
+    assert abs(loss - m.expected_first_loss(config)) < 0.05
+    assert m.expected_first_loss(config) > math.log(config.vocab_size) + 0.03
+
+
+def test_the_projections_into_the_residual_stream_start_smaller_with_depth():
+    torch.manual_seed(0)
+    net = CausalLM(ModelConfig(num_hidden_layers=8, hidden_size=96, vocab_size=512, model_type="qwen2"))
+    for name, p in net.named_parameters():
+        residual = name.endswith(("o_proj.weight", "down_proj.weight"))
+        expected = 0.0 if p.dim() < 2 else 0.02 / 4 if residual else 0.02
+        assert abs(p.std(correction=0).item() / 0.02 - expected / 0.02) < 0.03, name
+
+
+def test_a_scalar_model_starts_at_exactly_zero_and_learns():
+    net = ScalarModel(ModelConfig(**SHAPE))
+    values = net(ids(2, 5))
+    assert values.shape == (2, 5) and (values == 0).all()
+    values.sum().backward()
+    assert net.score.weight.grad.abs().min() > 0
+
+
+# ------------------------------------------------------------------------------------ generation
+
+PROMPTS = [[3], [5, 7, 9, 2, 4], [8, 1, 6], list(range(9))]
+
+
+def continued(net, prompt, count, end_id):
+    """The definition: feed everything, take the likeliest, append."""
+    reply = []
+    while len(reply) < count and end_id not in reply and len(prompt) + len(reply) < 24:
+        reply.append(net(torch.tensor([prompt + reply]))[0, -1].argmax().item())
+    return reply
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen3"])
+@pytest.mark.parametrize("count", [10, 40])  # 40: into the end of the context of 24
+def test_greedy_replies_of_a_batch_are_those_of_each_prompt_alone_without_a_cache(kind, count):
+    net = build(model_type=kind, seed=3)
+    end_id = continued(net, PROMPTS[1], 10, -1)[3]  # so that one row ends early and others go on
+    expected = [continued(net, p, count, end_id) for p in PROMPTS]
+    assert len({len(reply) for reply in expected}) > 1 and len(set(map(tuple, expected))) == 4
+    assert expected[1][-1] == end_id and end_id not in expected[1][:-1]
+    for use_cache in (True, False):
+        assert generate(net, PROMPTS, count, end_id, 0, use_cache=use_cache) == expected
+    for prompt, reply in zip(PROMPTS, expected):
+        assert generate(net, [prompt], count, end_id, 0) == [reply]
+
+
+def test_a_row_that_ended_leaves_the_batch():
+    net = build(seed=3)
+    end_id = continued(net, PROMPTS[1], 10, -1)[3]
+    steps = list(m.generate_steps(net, PROMPTS, 10, end_id, 0))
+    for rows, tokens in steps:
+        assert len(rows) == len(tokens) == len(set(rows))
+    assert 1 in steps[0][0] and all(1 not in rows for rows, _ in steps[4:])
+
+
+@pytest.mark.parametrize("top_p", [1.0, 0.7])
+def test_a_sampled_reply_depends_on_its_seed_and_not_on_its_batch(top_p):
+    net = build(spread=0.15)
+    seeds = [11, 12, 13, 14]
+    batch = generate(net, PROMPTS, 12, -1, 1.0, top_p, seeds)
+    for i in (2, 0):
+        assert generate(net, [PROMPTS[i]], 12, -1, 1.0, top_p, [seeds[i]]) == [batch[i]]
+    turned = generate(net, PROMPTS[::-1], 12, -1, 1.0, top_p, seeds[::-1], use_cache=False)
+    assert turned == batch[::-1]
+    twins = generate(net, [PROMPTS[0]] * 3, 12, -1, 1.0, top_p, [5, 6, 5])
+    assert twins[0] == twins[2] != twins[1]
+
+
+@pytest.mark.parametrize("temperature, top_p, expected", [
+    (1.0, 1.0, [0.15, 0.5, 0.05, 0.3]),
+    (1.0, 0.7, [0, 0.5 / 0.8, 0, 0.3 / 0.8]),  # the token that crosses 0.7 stays in
+    (1.0, 0.85, [0.15 / 0.95, 0.5 / 0.95, 0, 0.3 / 0.95]),
+    (0.5, 1.0, [0.0225 / 0.365, 0.25 / 0.365, 0.0025 / 0.365, 0.09 / 0.365]),
+    (0, 1.0, [0, 1, 0, 0]),
+])
+def test_sampling_follows_the_distribution_of_temperature_and_nucleus(temperature, top_p, expected):
+    logits = torch.tensor([0.15, 0.5, 0.05, 0.3]).log().expand(4000, 4)
+    uniform = (torch.arange(4000, dtype=torch.float64) + 0.5) / 4000  # a grid instead of luck
+    share = m.sample(logits, temperature, top_p, uniform).bincount(minlength=4) / 4000
+    torch.testing.assert_close(share, torch.tensor(expected), atol=5e-4, rtol=0)
+
+
+def test_a_prompt_or_batch_longer_than_the_context_ends_with_one_line():
+    net = build()
+    assert len(generate(net, [list(range(23))], 5, -1, 0)[0]) == 1
+    for call in (lambda: net(ids(1, 25)), lambda: generate(net, [[1], [0] * 24], 5, -1)):
+        with pytest.raises(SystemExit, match="context of 24"):
+            call()
+
+
+# ----------------------------------------------------------------------------------- checkpoints
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind, changes", [
+    (CausalLM, {}), (CausalLM, {"tie_word_embeddings": False, "model_type": "qwen2"}),
+    (ScalarModel, {"model_type": "qwen3", "head_dim": 10}),
+])
+def test_a_saved_model_comes_back_with_every_bit(tmp_path, dtype, kind, changes):
+    net = build(kind, dtype=dtype, **changes)
+    m.save_model(tmp_path / "new", net)
+    back = m.load_model(tmp_path / "new", kind, dtype=dtype)
+    assert back.config == net.config
+    assert torch.equal(back(ids(2, 5)), net(ids(2, 5)))
+    file = (tmp_path / "new" / "model.safetensors").read_bytes()
+    size = int.from_bytes(file[:8], "little")
+    header = json.loads(file[8 : 8 + size])
+    names = [n for n in header if n != "__metadata__"]
+    assert names == [n for n, _ in net.named_parameters()]  # a tied weight once
+    assert size % 8 == 0 and header["__metadata__"] == {"format": "pt"}
+    end = 0
+    for name, p in net.named_parameters():
+        start, stop = header[name]["data_offsets"]
+        assert start == end and header[name]["shape"] == list(p.shape)
+        raw = file[8 + size + start : 8 + size + stop]
+        assert raw == p.detach().contiguous().view(-1).view(torch.uint8).numpy().tobytes()
+        end = stop
+    assert len(file) == 8 + size + end
+    config = json.loads((tmp_path / "new" / "config.json").read_text())
+    assert config["architectures"][0].startswith({"llama": "Llama"}.get(net.config.model_type, "Qwen"))
+
+
+def test_a_write_that_dies_leaves_the_old_file(tmp_path):
+    m.save_model(tmp_path, build())
+    path = tmp_path / "model.safetensors"
+    before = path.read_bytes()
+
+    def tensors():
+        yield "model.embed_tokens.weight", torch.zeros(31, 24)
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        m.save_model(tmp_path, build(), tensors())
+    assert path.read_bytes() == before
+
+
+@pytest.mark.parametrize("length", [0, 5, 100, 3000, -1])
+def test_a_truncated_file_ends_with_a_line_that_names_it(tmp_path, length):
+    m.save_model(tmp_path, build())
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:length])
+    with pytest.raises(SystemExit, match="model.safetensors"):
+        m.load_model(tmp_path)
+
+
+@pytest.mark.parametrize("changes, named", [
+    ({"intermediate_size": 41}, "mlp.gate_proj.weight"), ({"num_hidden_layers": 3}, "layers.2"),
+    ({"model_type": "gpt2"}, "gpt2"), ({"rope_scaling": {"rope_type": "yarn"}}, "rotary"),
+    (None, "config.json"),
+])
+def test_a_checkpoint_of_another_kind_ends_with_a_line_that_names_the_trouble(tmp_path, changes, named):
+    m.save_model(tmp_path, build())
+    path = tmp_path / "config.json"
+    config = json.loads(path.read_text()) | (changes or {})
+    path.write_text(json.dumps(config)) if changes else path.unlink()
+    with pytest.raises(SystemExit, match=named):
+        m.load_model(tmp_path)
+
+
+def test_a_reward_model_from_an_sft_folder_keeps_its_zero_head_and_takes_the_rest(tmp_path):
+    sft = build()
+    m.save_model(tmp_path, sft)
+    reward = m.load_model(tmp_path, ScalarModel)
+    assert (reward.score.weight == 0).all()
+    assert torch.equal(reward.model(ids(2, 5)), sft.model(ids(2, 5)))
+    m.save_model(tmp_path / "rm", build(ScalarModel))
+    assert (m.load_model(tmp_path / "rm", ScalarModel).score.weight != 0).all()
+    with pytest.raises(SystemExit, match="lm_head.weight"):  # not the other way round
+        (tmp_path / "rm" / "config.json").write_text(json.dumps(SHAPE | {
+            "model_type": "llama", "tie_word_embeddings": False}))
+        m.load_model(tmp_path / "rm", CausalLM)
