@@ -605,8 +605,9 @@ class AdamW(Sharded):
 
     def state(self) -> dict:
         """This rank's part of the training state: tensors and plain numbers, with the range [lo, hi) of each unit."""
-        units = {u.name: {"lo": u.lo, "hi": min(u.hi, u.numel), **{k: getattr(u, k)[: max(0, u.numel - u.lo)]
-                 for k in ("master", "exp_avg", "exp_avg_sq")}} for u in self.trained}
+        keys = ("master", "exp_avg", "exp_avg_sq")  # cloned: torch.save writes the whole buffer under a slice
+        units = {u.name: {"lo": u.lo, "hi": min(u.hi, u.numel),
+                          **{k: getattr(u, k)[: max(0, u.numel - u.lo)].clone() for k in keys}} for u in self.trained}
         return {"t": self.t, "scale": self.scale, "good": self.good, "units": units}
 
     @torch.no_grad()

@@ -1,8 +1,8 @@
 """What all tests share: the sources on the import path, and a pool of ranks that is started once.
 
-`ranks(n, function, *arguments)` calls function(rank, *arguments) on n processes joined by gloo and returns the
-list of results. Starting a process costs seconds (it imports torch), a new process group milliseconds: three
-processes serve every test of a session, and each call has a group of its own.
+`ranks(n, function, *arguments)` calls function(rank, *arguments) on n processes joined by gloo and
+returns the list of results. A process costs seconds (it imports torch), a process group
+milliseconds: three processes serve all tests of a session, each call with a group of its own.
 """
 
 import sys

@@ -10,7 +10,7 @@ import torch.multiprocessing as mp
 
 
 class Pool:
-    """At most one process per rank, started when first needed, and again after a call that got stuck."""
+    """One process per rank, started when first needed, and again after a call got stuck."""
 
     LIMIT = 120  # seconds; no call comes near it unless ranks wait for each other
 
@@ -57,5 +57,5 @@ def serve(pipe):
         except BaseException:  # SystemExit too: the test shall see it
             answer = (False, traceback.format_exc())
         if dist.is_initialized():
-            dist.destroy_process_group()  # after an error this wakes the ranks that wait for this one
+            dist.destroy_process_group()  # after an error: wakes the ranks that wait for this one
         pipe.send(answer)

@@ -26,8 +26,12 @@ def build(kind=CausalLM, seed=0, dtype=torch.float32, spread=0.3, **changes):
     return net.to(dtype)
 
 
+def close(found, expected, tolerance):
+    torch.testing.assert_close(found, expected, atol=tolerance, rtol=0)
+
+
 def ids(*shape, seed=1):
-    return torch.randint(0, SHAPE["vocab_size"], shape, generator=torch.Generator().manual_seed(seed))
+    return torch.randint(0, 31, shape, generator=torch.Generator().manual_seed(seed))
 
 
 # ------------------------------------------------------------------------------ attention, layers
@@ -41,7 +45,7 @@ def test_changing_a_token_leaves_all_earlier_logits_bit_identical(dtype, checkpo
     before = net(x)
     for t in range(9):
         y = x.clone()
-        y[:, t] = (y[:, t] + 1) % SHAPE["vocab_size"]
+        y[:, t] = (y[:, t] + 1) % 31
         after = net(y)
         assert torch.equal(before[:, :t], after[:, :t])
         assert (before[:, t:] != after[:, t:]).any(-1).all()
@@ -50,7 +54,7 @@ def test_changing_a_token_leaves_all_earlier_logits_bit_identical(dtype, checkpo
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 2e-6), (torch.float64, 1e-12)])
 @pytest.mark.parametrize("H, K", [(4, 4), (6, 2), (4, 1)])
 @pytest.mark.parametrize("case", ["square", "one token", "cached"])
-def test_the_formula_and_the_fused_kernel_agree_with_attention_row_by_row(dtype, tolerance, H, K, case):
+def test_formula_and_fused_kernel_are_attention_row_by_row(dtype, tolerance, H, K, case):
     torch.manual_seed(0)
     B, D = 3, 8
     T, S = {"square": (7, 7), "one token": (1, 1), "cached": (2, 7)}[case]
@@ -65,7 +69,7 @@ def test_the_formula_and_the_fused_kernel_agree_with_attention_row_by_row(dtype,
         keys, values = k[b, h * K // H][seen], v[b, h * K // H][seen]
         expected[b, h, t] = (keys @ q[b, h, t] / math.sqrt(D)).softmax(0) @ values
     for attention in (m.attention_formula, m.attention_fused):
-        torch.testing.assert_close(attention(q, k, v, mask), expected, atol=tolerance, rtol=0)
+        close(attention(q, k, v, mask), expected, tolerance)
 
 
 def test_rmsnorm_and_swiglu_compute_their_papers_formulas():
@@ -73,14 +77,14 @@ def test_rmsnorm_and_swiglu_compute_their_papers_formulas():
     x = torch.randn(3, 24, dtype=torch.float64) * 5
     norm = m.RMSNorm(24, 1e-5).double()
     torch.nn.init.normal_(norm.weight)
-    torch.testing.assert_close(norm(x), F.rms_norm(x, (24,), norm.weight, 1e-5), atol=1e-12, rtol=0)
-    wide = m.RMSNorm(24, 1e-5).bfloat16()(x.bfloat16())  # squares of 16-bit numbers are summed in 32
-    torch.testing.assert_close(wide, F.rms_norm(x.bfloat16().float(), (24,), eps=1e-5).bfloat16(),
-                               atol=0, rtol=0)
+    close(norm(x), F.rms_norm(x, (24,), norm.weight, 1e-5), 1e-12)
+    narrow = x.bfloat16()  # the squares of 16-bit numbers are summed in 32
+    assert torch.equal(m.RMSNorm(24, 1e-5).bfloat16()(narrow),
+                       F.rms_norm(narrow.float(), (24,), eps=1e-5).bfloat16())
     mlp = m.SwiGLU(ModelConfig(**SHAPE)).double()
     gate, up = x @ mlp.gate_proj.weight.T, x @ mlp.up_proj.weight.T
     expected = (gate / (1 + (-gate).exp()) * up) @ mlp.down_proj.weight.T
-    torch.testing.assert_close(mlp(x), expected, atol=1e-12, rtol=0)
+    close(mlp(x), expected, 1e-12)
 
 
 def test_rope_is_a_rotation_and_scores_depend_on_the_distance_only():
@@ -91,9 +95,9 @@ def test_rope_is_a_rotation_and_scores_depend_on_the_distance_only():
     pairs = torch.complex(q[:4], q[4:])  # (x_i, x_{i+D/2}) is a complex number
     angle = torch.arange(24)[:, None] * 100.0 ** -(torch.arange(4).double() / 4)
     pairs = pairs * torch.polar(torch.ones_like(angle), angle)
-    torch.testing.assert_close(turned, torch.cat([pairs.real, pairs.imag], -1), atol=1e-12, rtol=0)
+    close(turned, torch.cat([pairs.real, pairs.imag], -1), 1e-12)
     scores = turned @ m.rotate(k.expand(24, 8), cos, sin).T
-    torch.testing.assert_close(scores[1:, 1:], scores[:-1, :-1], atol=1e-12, rtol=0)
+    close(scores[1:, 1:], scores[:-1, :-1], 1e-12)
     assert (scores[0] - scores[0, 0])[1:].abs().min() > 1e-3  # and they do depend on it
 
 
@@ -104,10 +108,11 @@ def test_num_parameters_counts_what_the_model_has(kind, tied):
     assert net.config.num_parameters() == sum(p.numel() for p in net.parameters())
 
 
-@pytest.mark.parametrize("name, size", [("gpt2-124m", 124e6), ("llama-7b", 6_738_415_616),
-                                        ("llama-65b", 65_285_660_672), ("gpt3-175b", 175e9)])
-def test_the_presets_have_the_sizes_of_the_documents_models(name, size):
-    assert abs(PRESETS[name].num_parameters() / size - 1) < (0.01 if size % 1e6 == 0 else 1e-9)
+@pytest.mark.parametrize("name, size, tolerance", [
+    ("gpt2-124m", 124e6, 0.01), ("llama-7b", 6_738_415_616, 0),  # Meta's own, to the last weight
+    ("llama-65b", 65_285_660_672, 0), ("gpt3-175b", 175e9, 0.01)])
+def test_the_presets_have_the_sizes_of_the_documents_models(name, size, tolerance):
+    assert abs(PRESETS[name].num_parameters() / size - 1) <= tolerance
 
 
 def test_a_row_alone_gives_the_logits_it_has_in_a_padded_batch():
@@ -115,7 +120,7 @@ def test_a_row_alone_gives_the_logits_it_has_in_a_padded_batch():
     logits = net(batch)
     for row, length in enumerate((4, 12, 7)):  # what stands behind the length is padding
         alone = net(batch[row : row + 1, :length])
-        torch.testing.assert_close(logits[row : row + 1, :length], alone, atol=2e-5, rtol=0)
+        close(logits[row : row + 1, :length], alone, 2e-5)
 
 
 @pytest.mark.parametrize("frozen", [False, True])
@@ -125,7 +130,8 @@ def test_checkpointing_gives_the_same_gradients_and_saves_fewer_bytes(frozen):
         net, saved = build(num_hidden_layers=4, tie_word_embeddings=False), []
         net.model.activation_checkpointing = checkpointing
         net.model.embed_tokens.requires_grad_(not frozen)  # the reentrant kind loses all gradients
-        with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t.nbytes) or t, lambda t: t):
+        pack = lambda t: saved.append(t.nbytes) or t  # noqa: E731
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
             loss = -token_logprobs(net, ids(2, 20), ids(2, 20, seed=2)).mean()
         loss.backward()
         results.append((sum(saved), [p.grad for p in net.parameters() if p.requires_grad]))
@@ -136,7 +142,7 @@ def test_checkpointing_gives_the_same_gradients_and_saves_fewer_bytes(frozen):
 # ---------------------------------------------------------------------- log-probabilities, heads
 
 
-@pytest.mark.parametrize("chunk", [3, 7, 1024])  # 7 rows: two boundaries, one exactly at the end, none
+@pytest.mark.parametrize("chunk", [3, 7, 1024])  # of 7 rows: two boundaries, none, none
 def test_target_logprobs_are_log_softmax_and_gather_in_value_and_gradient(monkeypatch, chunk):
     monkeypatch.setattr(m.TargetLogprobs, "CHUNK", chunk)
     torch.manual_seed(0)
@@ -145,24 +151,24 @@ def test_target_logprobs_are_log_softmax_and_gather_in_value_and_gradient(monkey
     targets = torch.randint(0, 5, (7,))
     expected = (hidden @ weight.T).log_softmax(-1)[torch.arange(7), targets]
     ours = m.TargetLogprobs.apply(hidden, weight, targets)
-    torch.testing.assert_close(ours, expected, atol=1e-13, rtol=0)
+    close(ours, expected, 1e-13)
     assert torch.autograd.gradcheck(m.TargetLogprobs.apply, (hidden, weight, targets))
     up = torch.randn(7, dtype=torch.float64)
     grads = [torch.autograd.grad(y, (hidden, weight), up) for y in (ours, expected)]
-    torch.testing.assert_close(*grads, atol=1e-12, rtol=0)
+    close(*grads, 1e-12)
 
 
-def test_ignored_targets_give_zero_and_no_gradient(tied=True):
+def test_ignored_targets_give_zero_and_no_gradient():
     net, x, targets = build(), ids(2, 6), ids(2, 6, seed=2)
     targets[0, :4] = IGNORE
     hidden = net.model(x).detach().requires_grad_()
     logprobs = net.lm_head(hidden, targets)
-    expected = net.lm_head(hidden).log_softmax(-1).gather(2, targets.clamp(min=0)[..., None])[..., 0]
-    expected = expected * (targets != IGNORE)
-    torch.testing.assert_close(logprobs, expected, atol=1e-5, rtol=0)
+    expected = net.lm_head(hidden).log_softmax(-1).gather(2, targets.clamp(min=0)[..., None])
+    expected = expected[..., 0] * (targets != IGNORE)
+    close(logprobs, expected, 1e-5)
     assert (logprobs[0, :4] == 0).all()
     weights = torch.arange(12.0).view(2, 6)  # the order of rows and columns matters
-    ours, theirs = (torch.autograd.grad((y * weights).sum(), hidden)[0] for y in (logprobs, expected))
+    ours, theirs = (torch.autograd.grad(y, hidden, weights)[0] for y in (logprobs, expected))
     torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-5)
     assert (ours[0, :4] == 0).all()
     token_logprobs(net, x, torch.full_like(x, IGNORE)).sum().backward()  # an empty micro-batch
@@ -181,11 +187,12 @@ def test_the_first_loss_is_ln_v_plus_half_c_sigma_squared(changes):
 
 def test_the_projections_into_the_residual_stream_start_smaller_with_depth():
     torch.manual_seed(0)
-    net = CausalLM(ModelConfig(num_hidden_layers=8, hidden_size=96, vocab_size=512, model_type="qwen2"))
+    shape = SHAPE | dict(num_hidden_layers=8, hidden_size=96, vocab_size=512)
+    net = CausalLM(ModelConfig(**shape, model_type="qwen2"))
     for name, p in net.named_parameters():
         residual = name.endswith(("o_proj.weight", "down_proj.weight"))
         expected = 0.0 if p.dim() < 2 else 0.02 / 4 if residual else 0.02
-        assert abs(p.std(correction=0).item() / 0.02 - expected / 0.02) < 0.03, name
+        assert abs(p.std(correction=0).item() - expected) < 0.001, name
 
 
 def test_a_scalar_model_starts_at_exactly_zero_and_learns():
@@ -211,7 +218,7 @@ def continued(net, prompt, count, end_id):
 
 @pytest.mark.parametrize("kind", ["llama", "qwen3"])
 @pytest.mark.parametrize("count", [10, 40])  # 40: into the end of the context of 24
-def test_greedy_replies_of_a_batch_are_those_of_each_prompt_alone_without_a_cache(kind, count):
+def test_a_greedy_batch_gives_what_each_prompt_gives_alone_without_a_cache(kind, count):
     net = build(model_type=kind, seed=3)
     end_id = continued(net, PROMPTS[1], 10, -1)[3]  # so that one row ends early and others go on
     expected = [continued(net, p, count, end_id) for p in PROMPTS]
@@ -234,12 +241,13 @@ def test_a_row_that_ended_leaves_the_batch():
 
 @pytest.mark.parametrize("top_p", [1.0, 0.7])
 def test_a_sampled_reply_depends_on_its_seed_and_not_on_its_batch(top_p):
-    net = build(spread=0.15)
-    seeds = [11, 12, 13, 14]
-    batch = generate(net, PROMPTS, 12, -1, 1.0, top_p, seeds)
-    for i in (2, 0):
-        assert generate(net, [PROMPTS[i]], 12, -1, 1.0, top_p, [seeds[i]]) == [batch[i]]
-    turned = generate(net, PROMPTS[::-1], 12, -1, 1.0, top_p, seeds[::-1], use_cache=False)
+    net, seeds = build(spread=0.15), [11, 12, 13, 14]
+    end_id = generate(net, PROMPTS[:1], 12, -1, 1.0, top_p, seeds[:1])[0][3]  # row 0 ends early
+    batch = generate(net, PROMPTS, 12, end_id, 1.0, top_p, seeds)
+    assert len(batch[0]) < max(map(len, batch))
+    for i in range(4):
+        assert generate(net, [PROMPTS[i]], 12, end_id, 1.0, top_p, [seeds[i]]) == [batch[i]]
+    turned = generate(net, PROMPTS[::-1], 12, end_id, 1.0, top_p, seeds[::-1], use_cache=False)
     assert turned == batch[::-1]
     twins = generate(net, [PROMPTS[0]] * 3, 12, -1, 1.0, top_p, [5, 6, 5])
     assert twins[0] == twins[2] != twins[1]
@@ -252,11 +260,11 @@ def test_a_sampled_reply_depends_on_its_seed_and_not_on_its_batch(top_p):
     (0.5, 1.0, [0.0225 / 0.365, 0.25 / 0.365, 0.0025 / 0.365, 0.09 / 0.365]),
     (0, 1.0, [0, 1, 0, 0]),
 ])
-def test_sampling_follows_the_distribution_of_temperature_and_nucleus(temperature, top_p, expected):
+def test_samples_follow_temperature_and_nucleus(temperature, top_p, expected):
     logits = torch.tensor([0.15, 0.5, 0.05, 0.3]).log().expand(4000, 4)
     uniform = (torch.arange(4000, dtype=torch.float64) + 0.5) / 4000  # a grid instead of luck
     share = m.sample(logits, temperature, top_p, uniform).bincount(minlength=4) / 4000
-    torch.testing.assert_close(share, torch.tensor(expected), atol=5e-4, rtol=0)
+    close(share, torch.tensor(expected).float(), 5e-4)
 
 
 def test_a_prompt_or_batch_longer_than_the_context_ends_with_one_line():
@@ -296,7 +304,9 @@ def test_a_saved_model_comes_back_with_every_bit(tmp_path, dtype, kind, changes)
         end = stop
     assert len(file) == 8 + size + end
     config = json.loads((tmp_path / "new" / "config.json").read_text())
-    assert config["architectures"][0].startswith({"llama": "Llama"}.get(net.config.model_type, "Qwen"))
+    family = {"llama": "Llama", "qwen2": "Qwen2", "qwen3": "Qwen3"}[net.config.model_type]
+    task = "ForCausalLM" if kind is CausalLM else "ForSequenceClassification"
+    assert config["architectures"] == [family + task]
 
 
 def test_a_write_that_dies_leaves_the_old_file(tmp_path):
@@ -327,7 +337,7 @@ def test_a_truncated_file_ends_with_a_line_that_names_it(tmp_path, length):
     ({"model_type": "gpt2"}, "gpt2"), ({"rope_scaling": {"rope_type": "yarn"}}, "rotary"),
     (None, "config.json"),
 ])
-def test_a_checkpoint_of_another_kind_ends_with_a_line_that_names_the_trouble(tmp_path, changes, named):
+def test_a_checkpoint_of_another_kind_ends_with_a_line_naming_it(tmp_path, changes, named):
     m.save_model(tmp_path, build())
     path = tmp_path / "config.json"
     config = json.loads(path.read_text()) | (changes or {})

@@ -1,7 +1,7 @@
-"""ZeRO stages 0-3 on 1, 2 and 3 processes against torch, and the folder of a run.   python -m pytest tests/test_zero.py
+"""ZeRO on 1, 2, 3 processes against torch; a run's folder.   python -m pytest tests/test_zero.py
 
-Functions named in `ranks(n, function, ...)` run on n processes (conftest.py). Every size here is odd, so that no
-buffer divides by 2 or 3, and eps = 1: with a small eps Adam divides every error of scale away again.
+Functions named in `ranks(n, function, ...)` run on n processes (conftest.py). No size divides by 2
+or 3, so that every buffer is padded; eps is 1: a small one divides every wrong scale away again.
 """
 
 import functools
@@ -11,6 +11,7 @@ import os
 import shutil
 import signal
 import socket
+import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -20,14 +21,14 @@ import torch
 import torch.distributed as dist
 
 import zero as z
-from model import IGNORE, CausalLM, ModelConfig, generate, load_model, save_model, token_logprobs
-from zero import SENT, AdamW, Run, RunConfig
+from model import (IGNORE, CausalLM, ModelConfig, generate, load_model, save_model,
+                   token_logprobs)
+from zero import DTYPES, SENT, AdamW, Run, RunConfig
 
 SHAPE = dict(vocab_size=29, hidden_size=17, intermediate_size=29, num_hidden_layers=2, head_dim=6,
              num_attention_heads=3, num_key_value_heads=1, max_position_embeddings=16)
-EMBED, BLOCK, NORM = 29 * 17, (3 + 1 + 1 + 3) * 6 * 17 + 3 * 29 * 17 + 2 * 17, 17  # elements of each unit
+EMBED, BLOCK, NORM = 29 * 17, (3 + 1 + 1 + 3) * 6 * 17 + 3 * 29 * 17 + 2 * 17, 17  # sizes of units
 LR, DECAY, STEPS = 0.1, 0.3, 20
-TYPES = {"fp64": torch.float64, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 # name: (changes of SHAPE, frozen parameters, micro-batches, clip, activation checkpointing)
 CASES = {
     "tied": ({}, "", 1, 1e9, False),
@@ -68,13 +69,13 @@ def micro_batches(step, parts):
 
 
 def flat(named):
-    return np.concatenate([p.detach().double().flatten().clone().numpy() for _, p in named])
+    return np.concatenate([p.detach().double().flatten().numpy() for _, p in named])
 
 
 def optimizer(case, stage, kind="fp64", seed=0, **changes):
     options = dict(eps=1.0, weight_decay=DECAY, grad_clip=CASES[case][3]) | changes
-    return AdamW(build(case, seed=seed).to(TYPES["fp64" if kind == "fp64" else "fp32"]), stage,
-                 TYPES[kind], **options)
+    exact = DTYPES["fp64" if kind == "fp64" else "fp32"]
+    return AdamW(build(case, exact, seed), stage, DTYPES[kind], **options)
 
 
 def advance(opt, case, first, last):
@@ -95,7 +96,8 @@ def advance(opt, case, first, last):
 def reference(case, dtype):
     """torch.optim.AdamW on the whole batch at once."""
     net = build(case, dtype)
-    groups = [{"params": [p for p in net.parameters() if p.requires_grad and (p.dim() >= 2) == wide],
+    trained = [p for p in net.parameters() if p.requires_grad]
+    groups = [{"params": [p for p in trained if (p.dim() >= 2) == wide],
                "weight_decay": DECAY * wide} for wide in (True, False)]
     opt, norms = torch.optim.AdamW(groups, lr=LR, betas=(0.9, 0.95), eps=1.0), []
     for step in range(STEPS):
@@ -108,7 +110,7 @@ def reference(case, dtype):
 
 
 def train(rank, case, kind):
-    """Norms and parameters after training, of each stage; every rank but 0 starts from other weights."""
+    """Norms and trained parameters of each stage; every rank but 0 starts from other weights."""
     results = []
     for stage in range(4):
         opt = optimizer(case, stage, kind, seed=rank)
@@ -117,13 +119,13 @@ def train(rank, case, kind):
 
 
 @pytest.mark.parametrize("world, case, kind, tolerance", [
-    *((2, case, "fp64", 1e-12) for case in CASES), (2, "accumulated, clipped", "fp32", 1e-6),
+    *((2, case, "fp64", 1e-12) for case in CASES), (2, "tied", "fp32", 1e-6),
     (1, "tied", "fp64", 1e-12), (1, "accumulated, clipped", "fp64", 1e-12),
     (3, "accumulated, clipped", "fp64", 1e-12), (3, "untied, biases, partly frozen", "fp64", 1e-12),
 ])
-def test_every_stage_trains_like_torch_adamw_on_the_whole_batch(ranks, world, case, kind, tolerance):
-    norms, parameters = reference(case, TYPES[kind])
-    assert (norms > CASES[case][3]).mean() in (0, 1) and np.ptp(norms) > 0.01  # clips never or always
+def test_every_stage_trains_like_torch_adamw_on_the_batch(ranks, world, case, kind, tolerance):
+    norms, parameters = reference(case, DTYPES[kind])
+    assert (norms > CASES[case][3]).mean() in (0, 1) and np.ptp(norms) > 0.01  # never or always
     results = ranks(world, train, case, kind)
     for stage in range(4):
         assert np.abs(results[0][stage][0] - norms).max() <= tolerance * max(1, norms.max()), stage
@@ -180,7 +182,7 @@ def observe(rank, stage, kind):
 @pytest.mark.parametrize("kind", ["fp32", "bf16"])
 def test_live_bytes_equal_the_plan_with_padding_at_rest_and_at_the_peak(ranks, world, kind):
     units = [-(-n // world) * world for n in (EMBED, BLOCK, BLOCK, NORM)]
-    width = TYPES[kind].itemsize
+    width = DTYPES[kind].itemsize
     for stage in range(4):
         row = z.plan(sum(units), world, kind == "bf16", 2)[stage]
         for seen in ranks(world, observe, stage, kind):
@@ -195,7 +197,7 @@ def test_live_bytes_equal_the_plan_with_padding_at_rest_and_at_the_peak(ranks, w
 
 
 def traffic(rank, stage, k, changes, checkpointing):
-    """Bytes counted by SENT in a step of k micro-batches, and sent by the kernel on this process's sockets."""
+    """Bytes in a step of k micro-batches: as SENT counts and as the kernel does."""
     net = CausalLM(ModelConfig(**SHAPE | changes))
     net.model.activation_checkpointing = checkpointing
     opt = AdamW(net, stage)
@@ -218,19 +220,21 @@ def kernel_bytes():
     return total
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="asks the kernel by /proc and TCP_INFO")
 @pytest.mark.parametrize("world, k, changes, checkpointing", [
     (2, 3, {}, True), (3, 1, {}, False), (3, 3, {"tie_word_embeddings": False}, False)])
-def test_bytes_sent_follow_the_formula_and_the_kernel_counts_the_same(ranks, world, k, changes, checkpointing):
+def test_bytes_sent_follow_the_formula_and_the_kernel_agrees(
+        ranks, world, k, changes, checkpointing):
     padded = {n: -(-n // world) * world for n in (EMBED, BLOCK, NORM)}
     outer = padded[EMBED] * (2 if changes else 1)
     size = outer + 2 * padded[BLOCK] + padded[NORM]
     for stage in range(4):
         expected = z.plan(size, world, False, k)[stage]["sent"]
-        if stage == 3 and changes:  # untied: embedding and head are gathered once a micro-batch, not twice
+        if stage == 3 and changes:  # untied: embedding and head are gathered once
             expected -= k * 4 * outer * (world - 1) / world
         for counted, kernel in ranks(world, traffic, stage, k, changes, checkpointing):
             assert counted == expected, stage
-            assert counted < kernel < 1.2 * counted + 4000  # gloo's headers are a fifth of such small messages
+            assert counted < kernel < 1.2 * counted + 4000  # gloo's headers; its messages are small
 
 
 def sample_under_stage_3(rank):
@@ -257,7 +261,7 @@ def save_under_zero(rank, stage, folder):
 
 
 @pytest.mark.parametrize("stage", range(4))
-def test_a_model_saved_under_any_stage_is_the_whole_model_and_training_goes_on(ranks, tmp_path, stage):
+def test_a_model_saved_under_any_stage_is_whole_and_training_goes_on(ranks, tmp_path, stage):
     for norms, parameters in ranks(2, save_under_zero, stage, tmp_path):
         assert np.array_equal(parameters, flat(build(dtype=torch.float32).named_parameters()))
         assert abs(norms[0] - reference("tied", torch.float32)[0][0]) < 1e-5
@@ -267,23 +271,26 @@ def test_a_model_saved_under_any_stage_is_the_whole_model_and_training_goes_on(r
 
 
 def overflow(rank, stage):
-    """Norm, loss scale and a change of weights in: a good step, one with an overflow on rank 1, a good one."""
-    opt, seen = optimizer("tied", stage, "fp16"), []
+    """What a good step does, one with an overflow on rank 1, and a good one again."""
+    opt, exact, seen = optimizer("tied", stage, "fp16"), optimizer("tied", stage, "fp32"), []
     opt.scale, opt.good = 512.0, 998
     for factor in (1, 1e30 if rank else 1, 1):
         before = flat(opt.full_parameters())
         opt.backward(-token_logprobs(opt.model, *batch(0)).sum() / 100 * factor)
         norm = opt.step(LR)
-        seen.append((math.isfinite(norm), opt.scale, opt.t, bool((flat(opt.full_parameters()) != before).any())))
+        moved = bool((flat(opt.full_parameters()) != before).any())
+        seen.append((norm, opt.scale, opt.t, moved))
     opt.good = 999
     opt.adjust_scale(True)
-    return seen, opt.scale
+    exact.backward(-token_logprobs(exact.model, *batch(0)).sum() / 100)
+    return seen, opt.scale, exact.step(LR)
 
 
 @pytest.mark.parametrize("stage", [0, 3])
 def test_an_fp16_overflow_on_one_rank_skips_the_step_on_all_and_halves_the_scale(ranks, stage):
-    for seen, last in ranks(2, overflow, stage):
-        assert seen == [(True, 512, 1, True), (False, 256, 1, False), (True, 256, 2, True)]
+    for seen, last, exact in ranks(2, overflow, stage):
+        assert [row[1:] for row in seen] == [(512, 1, True), (256, 1, False), (256, 2, True)]
+        assert seen[0][0] == pytest.approx(exact, rel=0.02) and seen[1][0] == math.inf
         assert last == 512  # after 1000 good steps
 
 
@@ -296,7 +303,7 @@ def test_bf16_training_adds_up_updates_that_bf16_weights_cannot_hold(alone, stag
         opt.backward(net(torch.ones(1, 3, dtype=torch.bfloat16)).sum())
         opt.step(1e-4)
     torch.testing.assert_close(opt.trained[0].master[:3], torch.full((3,), 0.99), atol=1e-5, rtol=0)
-    assert next(opt.full_parameters())[1].unique().tolist() == [torch.tensor(0.99).bfloat16().item()]
+    assert (flat(opt.full_parameters()) == torch.tensor(0.99).bfloat16().item()).all()
 
 
 def test_a_gradient_that_is_not_finite_ends_the_run_before_the_weights_change(alone):
@@ -321,19 +328,20 @@ def go_on(rank, kind, stage, first, last, folder):
     return np.array(norms), flat(opt.full_parameters())
 
 
-@pytest.mark.parametrize("kind", ["fp64", "bf16"])
-def test_ten_steps_and_ten_after_loading_are_twenty_on_any_world_size_and_stage(ranks, tmp_path, kind):
-    whole = ranks(2, go_on, kind, 3, 0, 20, tmp_path / "whole")[0]
-    ranks(2, go_on, kind, 3, 0, 10, tmp_path / "half")
+@pytest.mark.parametrize("kind, half", [("fp64", 10), ("bf16", 3)])
+def test_half_a_run_and_half_after_loading_are_a_whole_one(ranks, tmp_path, kind, half):
+    whole = ranks(2, go_on, kind, 3, 0, 2 * half, tmp_path / "whole")[0]
+    ranks(2, go_on, kind, 3, 0, half, tmp_path / "half")
     for world, stage in [(2, 3), (1, 0), (3, 1)] if kind == "fp64" else [(2, 3)]:
         shutil.copytree(tmp_path / "half", tmp_path / f"{world}")
-        norms, parameters = ranks(world, go_on, kind, stage, 10, 20, tmp_path / f"{world}")[-1]
+        norms, parameters = ranks(world, go_on, kind, stage, half, 2 * half,
+                                  tmp_path / f"{world}")[-1]
         tolerance = 0 if world == 2 else 1e-12
-        assert np.abs(norms - whole[0][10:]).max() <= tolerance, world
+        assert np.abs(norms - whole[0][half:]).max() <= tolerance, world
         assert np.abs(parameters - whole[1]).max() <= tolerance, world
 
 
-def test_a_damaged_state_falls_back_to_the_one_before_and_an_unfinished_one_is_ignored(alone, tmp_path, capsys):
+def test_a_damaged_state_falls_back_to_the_one_before(alone, tmp_path, capsys):
     opt, weights = optimizer("tied", 2), {}
     for step in range(1, 5):
         advance(opt, "tied", step, step + 1)
@@ -347,9 +355,10 @@ def test_a_damaged_state_falls_back_to_the_one_before_and_an_unfinished_one_is_i
     assert z.load_state(tmp_path, {"policy": opt})["step"] == 3
     assert "step-00000004" in capsys.readouterr().out
     assert np.array_equal(flat(opt.full_parameters()), weights[3])
-    (tmp_path / "step-00000003" / "manifest.json").unlink()  # killed inside the save
-    (tmp_path / "step-00000004" / "manifest.json").unlink()
-    assert z.load_state(tmp_path, {"policy": opt}) == {} and capsys.readouterr().out == ""
+    (tmp_path / "step-00000004" / "manifest.json").unlink()  # killed inside the save
+    assert z.load_state(tmp_path, {"policy": opt})["step"] == 3 and capsys.readouterr().out == ""
+    (tmp_path / "step-00000003" / "manifest.json").unlink()
+    assert z.load_state(tmp_path, {"policy": opt}) == {}
 
 
 # -------------------------------------------------------------------------- schedule, flags, plan
@@ -371,14 +380,14 @@ class Toy(RunConfig):
 
 
 def test_flags_come_from_the_fields_and_their_help_from_the_comments(monkeypatch, capsys):
-    cfg = z.parse_config(Toy, ["--no-shuffle", "--data", "b", "--grad-clip", "2", "--zero", "3", "--fresh"])
+    cfg = z.parse_config(Toy, "--no-shuffle --data b --grad-clip 2 --zero 3 --fresh".split())
     assert cfg == Toy(shuffle=False, data="b", grad_clip=2.0, zero=3, fresh=True)
     monkeypatch.setenv("COLUMNS", "200")
     with pytest.raises(SystemExit) as stop:
         z.parse_config(Toy, ["--help"])
     text = " ".join(capsys.readouterr().out.split())
-    assert stop.value.code == 0 and "ZeRO stages 0-3 on 1, 2 and 3 processes" in text
-    for said in ("--lr LR half of it is 50% (default: 0.5)", "--seed SEED of weights, batches and samples (",
+    assert stop.value.code == 0 and "ZeRO on 1, 2, 3 processes" in text
+    for said in ("--lr LR half of it is 50% (default: 0.5)", "--seed SEED of weights, batches and",
                  "--shuffle, --no-shuffle mix the rows (default: True)"):
         assert said in text
     assert "peak learning rate" not in text  # the comment of the field that Toy replaced
