@@ -1,14 +1,16 @@
 """A decoder-only transformer, written out: the model that every stage trains.
 
-    python model.py                  the presets with their parameter counts (D0 4.2.1, D2 第2节, 12·L·d² beside them)
-    python model.py out/sft          chat with a checkpoint (streams; --prompt "..." asks once and ends)
+    python model.py            the presets with their sizes (D0 4.2.1, D2 第2节, beside 12·L·d²)
+    python model.py out/sft    chat with a checkpoint (--prompt "..." asks once and ends)
 
-Llama's architecture under Hugging Face's names, so that a checkpoint is an ordinary Hugging Face folder: RMSNorm,
-rotary positions, grouped-query attention, SwiGLU; Qwen2's query-key-value bias and Qwen3's query-key norm by
-`model_type`. Shapes in comments: B rows, T tokens, C = hidden_size, H heads, K key-value heads, D head_dim, V vocabulary.
+Llama's architecture under Hugging Face's names, so that a checkpoint is an ordinary Hugging Face
+folder: RMSNorm, rotary positions, grouped-query attention, SwiGLU; Qwen2's query-key-value bias and
+Qwen3's query-key norm by `model_type`. Shapes in comments: B rows, T tokens, C = hidden_size,
+H heads, K key-value heads, D head_dim, V vocabulary.
 
-The documents draw attention without a causal mask, heads or batch (D4 2.2.1); here the mask is the point: position t
-reads positions <= t only, which makes next-token prediction an honest task (CLM, 因果语言模型).
+The documents draw attention without a causal mask, heads or batch (D4 2.2.1); here the mask is the
+point: position t reads positions <= t only, which makes next-token prediction an honest task (CLM,
+因果语言模型).
 """
 
 import json
@@ -26,7 +28,7 @@ from torch.utils.checkpoint import checkpoint
 IGNORE = -100  # "not a target": the label of every token that is not in the loss
 
 
-# ======================================================================================== configuration
+# ==== configuration
 
 
 @dataclass
@@ -49,7 +51,8 @@ class ModelConfig:
     def __post_init__(self):
         self.head_dim = self.head_dim or self.hidden_size // self.num_attention_heads
         if self.num_attention_heads % self.num_key_value_heads or self.head_dim % 2:
-            raise SystemExit("model: num_attention_heads must be a multiple of num_key_value_heads and head_dim even")
+            raise SystemExit("model: num_attention_heads must be a multiple of "
+                             "num_key_value_heads, and head_dim even")
 
     def num_parameters(self) -> int:
         """Parameters of a CausalLM of this shape, tied weights counted once."""
@@ -59,21 +62,23 @@ class ModelConfig:
         attention += d * (heads + 2 * kv) if self.model_type == "qwen2" else 0
         attention += 2 * d if self.model_type == "qwen3" else 0
         layer = attention + 3 * c * self.intermediate_size + 2 * c
-        return self.num_hidden_layers * layer + c + self.vocab_size * c * (2 - self.tie_word_embeddings)
+        tables = 2 - self.tie_word_embeddings  # embedding and head
+        return self.num_hidden_layers * layer + c + tables * self.vocab_size * c
 
 
-# The documents' models. GPT-3's MLP has two matrices of 4·C, which is three of 8/3·C in SwiGLU: the count agrees.
+UNTIED = {"tie_word_embeddings": False}
+# The documents' models. GPT-3's MLP has two matrices of 4·C, as large as SwiGLU's three of 8/3·C.
 PRESETS = {
     "tiny": ModelConfig(),
-    "small": ModelConfig(8192, 384, 1024, 6, 6, 6, tie_word_embeddings=False),
+    "small": ModelConfig(8192, 384, 1024, 6, 6, 6, **UNTIED),
     "gpt2-124m": ModelConfig(50257, 768, 2048, 12, 12, 12, max_position_embeddings=1024),
-    "llama-7b": ModelConfig(32000, 4096, 11008, 32, 32, 32, max_position_embeddings=2048, tie_word_embeddings=False),
-    "llama-65b": ModelConfig(32000, 8192, 22016, 80, 64, 64, max_position_embeddings=2048, tie_word_embeddings=False),
+    "llama-7b": ModelConfig(32000, 4096, 11008, 32, 32, 32, 0, 2048, **UNTIED),
+    "llama-65b": ModelConfig(32000, 8192, 22016, 80, 64, 64, 0, 2048, **UNTIED),
     "gpt3-175b": ModelConfig(50257, 12288, 32768, 96, 96, 96, max_position_embeddings=2048),
 }
 
 
-# ======================================================================================== the layers
+# ==== the layers
 
 
 class RMSNorm(nn.Module):
@@ -91,28 +96,29 @@ class RMSNorm(nn.Module):
 
 
 def rope_table(config: ModelConfig) -> tuple[torch.Tensor, torch.Tensor]:
-    """cos and sin of position · theta^(-2i/D), each (max_position_embeddings, D) (RoFormer eq. 15)."""
+    """cos and sin of position · theta^(-2i/D), each (P, D) for P positions (RoFormer eq. 15)."""
     inverse = config.rope_theta ** (-torch.arange(0, config.head_dim, 2).double() / config.head_dim)
     angles = torch.arange(config.max_position_embeddings).double()[:, None] * inverse  # (P, D/2)
-    angles = torch.cat([angles, angles], dim=-1)  # Hugging Face's layout: halves, not interleaved pairs
+    angles = torch.cat([angles, angles], dim=-1)  # Hugging Face's layout: halves, not pairs
     return angles.cos(), angles.sin()
 
 
 def rotate(x, cos, sin):
-    """Rotates each pair (x_i, x_{i+D/2}) by its position's angle. x (B, H, T, D); cos, sin (T, D) or (B, 1, T, D)."""
+    """Turns each pair (x_i, x_{i+D/2}) of x (B, H, T, D); cos, sin (T, D) or (B, 1, T, D)."""
     first, second = x.chunk(2, dim=-1)
     return x * cos + torch.cat([-second, first], dim=-1) * sin
 
 
 def attention_formula(q, k, v, mask):
-    """softmax(q·kᵀ / √D + mask) · v, as the documents write it (D4 2.2.1), with heads, batch and a mask.
+    """softmax(q·kᵀ / √D + mask) · v, as in D4 2.2.1, with heads, batch and a mask.
 
-    q (B, H, T, D), k and v (B, K, S, D) with H a multiple of K, mask (T, S) or (B, 1, T, S), True = may look.
-    The H/K query heads that share a key head become further rows of it, so keys are never copied.
+    q (B, H, T, D), k and v (B, K, S, D) with H a multiple of K, mask (T, S) or (B, 1, T, S), True =
+    may look. The H/K query heads that share a key head become further rows of it: no key is copied.
     """
     B, H, T, D = q.shape
     K, S = k.shape[1:3]
-    scores = (q.reshape(B, K, H // K * T, D) / math.sqrt(D)) @ k.transpose(-2, -1)  # (B, K, H/K·T, S)
+    q = q.reshape(B, K, H // K * T, D) / math.sqrt(D)
+    scores = q @ k.transpose(-2, -1)  # (B, K, H/K·T, S)
     bias = torch.zeros(mask.shape, dtype=q.dtype, device=q.device).masked_fill(~mask, -torch.inf)
     bias = bias if mask.dim() == 2 else bias[:, None]  # (T, S) or (B, 1, 1, T, S)
     weights = (scores.view(B, K, H // K, T, S) + bias).softmax(-1)
@@ -120,26 +126,27 @@ def attention_formula(q, k, v, mask):
 
 
 def attention_fused(q, k, v, mask):
-    """The same in torch's fused kernel; a square causal mask is passed as a flag, which is faster."""
+    """The same in torch's fused kernel, which is faster when told that the mask is causal."""
     causal = mask.dim() == 2 and mask.shape[0] == mask.shape[1] > 1
-    return F.scaled_dot_product_attention(q, k, v, None if causal else mask, is_causal=causal, enable_gqa=True)
+    mask = None if causal else mask
+    return F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal, enable_gqa=True)
 
 
 class KVCache:
     """Keys and values of the tokens seen so far, per layer (B, K, length, D).
 
-    Rows are right-padded: every row writes at its own positions, and a query at position p reads keys 0..p, so
-    what stands behind a short row's end is overwritten or masked and rows of different length share a batch.
+    Rows are right-padded: every row writes at its own positions, and a query at position p reads
+    keys 0..p, so what stands behind a short row's end is overwritten or masked.
     """
 
-    def __init__(self, config: ModelConfig, rows: int, length: int, device, dtype):
-        shape = (config.num_hidden_layers, rows, config.num_key_value_heads, length, config.head_dim)
+    def __init__(self, c: ModelConfig, rows: int, length: int, device, dtype):
+        shape = (c.num_hidden_layers, rows, c.num_key_value_heads, length, c.head_dim)
         self.k = torch.zeros(shape, device=device, dtype=dtype)
         self.v = torch.zeros(shape, device=device, dtype=dtype)
         self.used = 0  # keys beyond this are in no row
 
     def append(self, layer: int, k, v, positions):
-        """Stores k, v (B, K, T, D) at positions (B, T); returns all keys and values up to `used`."""
+        """Stores k, v (B, K, T, D) at positions (B, T); returns all k and v up to `used`."""
         rows = torch.arange(k.shape[0], device=k.device)[:, None]
         self.k[layer][rows, :, positions] = k.transpose(1, 2)
         self.v[layer][rows, :, positions] = v.transpose(1, 2)
@@ -155,7 +162,8 @@ class Attention(nn.Module):
 
     def __init__(self, config: ModelConfig):
         super().__init__()
-        C, H, K, D = config.hidden_size, config.num_attention_heads, config.num_key_value_heads, config.head_dim
+        C, D = config.hidden_size, config.head_dim
+        H, K = config.num_attention_heads, config.num_key_value_heads
         bias = config.model_type == "qwen2"
         self.head_dim = D
         self.q_proj = nn.Linear(C, H * D, bias=bias)
@@ -177,7 +185,7 @@ class Attention(nn.Module):
         k = rotate(k.transpose(1, 2), cos, sin)
         if cache is not None:
             k, v = cache.append(layer, k, v, positions)
-        # On a CPU in bf16 the fused kernel's backward is several times slower than the formula up to 256 tokens.
+        # up to 256 tokens the fused kernel's backward in bf16 on a CPU is several times slower
         plain = q.device.type == "cpu" and q.dtype == torch.bfloat16 and T <= 256
         y = (attention_formula if plain else attention_fused)(q, k, v, mask)  # (B, H, T, D)
         return self.o_proj(y.transpose(1, 2).reshape(B, T, -1))
@@ -212,7 +220,7 @@ class Block(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Token ids (B, T) → hidden states (B, T, C) after the last norm: all that CausalLM and ScalarModel share."""
+    """Token ids (B, T) → hidden states (B, T, C) after the last norm: what both models share."""
 
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -220,15 +228,16 @@ class Decoder(nn.Module):
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.activation_checkpointing = False  # recompute each block in backward instead of storing its insides
-        self.tables = {}  # (device, dtype) → cos, sin: no buffers, so that a state dict holds parameters only
+        self.activation_checkpointing = False  # recompute blocks in backward, store their inputs
+        self.tables = {}  # (device, dtype) → cos, sin: no buffers, a state dict is parameters only
 
     def forward(self, input_ids, positions=None, cache=None):
-        """positions (B, T) and cache go together, in generation; training leaves both out and pads on the right
-        (padding behind a row's end is invisible to it under the causal mask, so no padding mask is needed)."""
+        """positions (B, T) and cache go together, in generation; training leaves both out and pads
+        on the right, where the causal mask hides it: no padding mask is needed."""
         T, limit = input_ids.shape[1], self.config.max_position_embeddings
         if T > limit:
-            raise SystemExit(f"model: {T} tokens exceed the context of {limit} (max_position_embeddings)")
+            raise SystemExit(f"model: {T} tokens exceed the context of {limit} "
+                             "(max_position_embeddings)")
         x = self.embed_tokens(input_ids)  # (B, T, C)
         place = (x.device, x.dtype)
         if place not in self.tables:
@@ -239,23 +248,25 @@ class Decoder(nn.Module):
             mask = torch.ones(T, T, dtype=torch.bool, device=x.device).tril()
         else:
             cos, sin = cos[positions][:, None], sin[positions][:, None]  # (B, 1, T, D)
-            mask = torch.arange(cache.used, device=x.device) <= positions[:, None, :, None]  # (B, 1, T, S)
+            keys = torch.arange(cache.used, device=x.device)
+            mask = keys <= positions[:, None, :, None]  # (B, 1, T, S)
         for i, layer in enumerate(self.layers):
             if self.activation_checkpointing and torch.is_grad_enabled():
-                # use_reentrant=True (D4 2.4.2's default) loses every gradient when x needs none, as under LoRA
-                x = checkpoint(layer, x, cos, sin, mask, i, positions, cache, use_reentrant=False)
+                # use_reentrant=True (D4 2.4.2) loses all gradients where x needs none (LoRA)
+                x = checkpoint(layer, x, cos, sin, mask, use_reentrant=False)
             else:
                 x = layer(x, cos, sin, mask, i, positions, cache)
         return self.norm(x)
 
 
-# ======================================================================================== heads and log-probabilities
+# ==== heads and log-probabilities
 
 
 class TargetLogprobs(torch.autograd.Function):
-    """log softmax(hidden · weightᵀ)[target] for N rows in chunks, so that (N, V) never exists as a whole.
+    """log softmax(hidden · weightᵀ)[target] for N rows in chunks: (N, V) never exists as a whole.
 
-    Backward recomputes each chunk's logits: the gradient of log p_target by the logits is onehot - softmax.
+    hidden (N, C), weight (V, C), targets (N,) → (N,) in fp32. Backward recomputes each chunk's
+    logits: the gradient of log p_target by the logits is onehot - softmax.
     """
 
     CHUNK = 1024  # rows of logits alive at a time
@@ -263,7 +274,8 @@ class TargetLogprobs(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, targets):
         logprobs, normalizers = [], []
-        for h, t in zip(hidden.split(TargetLogprobs.CHUNK), targets.split(TargetLogprobs.CHUNK)):
+        size = TargetLogprobs.CHUNK
+        for h, t in zip(hidden.split(size), targets.split(size)):
             logits = widen(h @ weight.T)  # (chunk, V)
             normalizers.append(logits.logsumexp(-1))
             logprobs.append(logits.gather(1, t[:, None])[:, 0] - normalizers[-1])
@@ -293,9 +305,9 @@ def widen(x):
 
 
 class LMHead(nn.Linear):
-    """hidden (B, T, C) → logits (B, T, V); with targets (B, T) instead → their log-probabilities (B, T), 0 at IGNORE.
+    """hidden (B, T, C) → logits (B, T, V), or log-probabilities of targets (B, T), 0 at IGNORE.
 
-    Both go through this module's forward, never through its weight: the hooks of ZeRO-3 sit on the call.
+    Both go through this module's forward, never through its weight: there sit ZeRO-3's hooks.
     """
 
     def forward(self, hidden, targets=None):
@@ -303,7 +315,8 @@ class LMHead(nn.Linear):
             return super().forward(hidden)
         kept = targets != IGNORE  # the head is a large product: spend it on the targets only
         logprobs = TargetLogprobs.apply(hidden[kept], self.weight, targets[kept])
-        return torch.zeros(targets.shape, dtype=logprobs.dtype, device=hidden.device).masked_scatter(kept, logprobs)
+        zeros = torch.zeros(targets.shape, dtype=logprobs.dtype, device=hidden.device)
+        return zeros.masked_scatter(kept, logprobs)
 
 
 class CausalLM(nn.Module):
@@ -323,10 +336,8 @@ class CausalLM(nn.Module):
 
 
 class ScalarModel(nn.Module):
-    """One number per token (B, T): the reward model reads it at <|reward|> (D2 第4节), the value model at every token.
-
-    The head starts at zero, so that the first Bradley-Terry loss is ln 2 and the first value 0, exactly.
-    """
+    """One number per token (B, T): the reward model's is read at <|reward|> (D2 第4节), the value
+    model's everywhere. Zero at first: the first Bradley-Terry loss is ln 2, the first value 0."""
 
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -340,12 +351,12 @@ class ScalarModel(nn.Module):
         return widen(self.score(self.model(input_ids))[..., 0])
 
     def last(self, input_ids, lengths):
-        """The number at each row's last token (B,); its place comes from the lengths (B,), not from a search."""
+        """The number at each row's last token (B,), found by the lengths (B,), not by a search."""
         return self(input_ids)[torch.arange(len(lengths), device=lengths.device), lengths - 1]
 
 
 def initialize(model: nn.Module):
-    """GPT-2's: N(0, 0.02), the two projections into the residual stream scaled down by √(2·layers)."""
+    """GPT-2's: N(0, 0.02), and the two projections into the residual stream by √(2·layers) less."""
     for name, parameter in model.named_parameters():
         if parameter.dim() >= 2:
             residual = name.endswith(("o_proj.weight", "down_proj.weight"))
@@ -363,111 +374,110 @@ def expected_first_loss(config: ModelConfig) -> float:
 def token_logprobs(model: CausalLM, input_ids, targets):
     """log π(targets[b, t] | input_ids[b, :t+1]), (B, T) in fp32, 0 where the target is IGNORE.
 
-    The one path by which SFT, rollout, reference and update see probabilities (so PPO's first ratio is 1); the
-    shift by one is made where `targets` is, in `data.py`, and nowhere else (D4 2.2.2's loss shifts once more).
+    The one path by which SFT, rollout, reference and update see probabilities, so that PPO's first
+    ratio is 1. The shift by one is made where `targets` is, in `data.py`, and nowhere else (D4
+    2.2.2's loss shifts once more).
     """
     return model.lm_head(model.model(input_ids), targets)
 
 
-# ======================================================================================== generation
+# ==== generation
 
 
 @torch.no_grad()
-def generate_steps(model, prompts, max_new_tokens, end_id, temperature=1.0, top_p=1.0, seeds=None, use_cache=True):
-    """Yields (rows, tokens) after every decoding step: which prompts got a token, and which (lists of int).
+def generate_steps(model, prompts, max_new_tokens, end_id, temperature=1.0, top_p=1.0, seeds=None,
+                   use_cache=True):
+    """Yields (rows, tokens) after every decoding step: which prompts got a token, and which.
 
-    prompts: lists of ids of any lengths; a row ends with its first end_id, after max_new_tokens, or at the context's
-    end. temperature 0 is greedy; else row i draws from a generator seeded with seeds[i], one uniform number a token,
-    so that a reply does not depend on the batch it was sampled in. top_p < 1 samples from the nucleus.
+    prompts: lists of ids of any lengths; a row ends with its first end_id, after max_new_tokens, or
+    when it is max_position_embeddings long. temperature 0 is greedy; else row i draws from a
+    generator seeded with seeds[i], one uniform number a token, so that a reply does not depend on
+    the batch it was sampled in. top_p < 1 samples from the nucleus (Holtzman et al. 2020).
     """
-    config, device = model.config, next(model.parameters()).device
-    dtype = next(model.parameters()).dtype
-    longest = max(len(p) for p in prompts)
-    if min(len(p) for p in prompts) == 0 or longest >= config.max_position_embeddings:
-        raise SystemExit(f"generate: a prompt is empty or fills the context of {config.max_position_embeddings} "
-                         f"tokens (longest: {longest}); shorten it or train with a longer --context")
+    first, context = next(model.parameters()), model.config.max_position_embeddings
+    lengths = torch.tensor([len(p) for p in prompts])
+    longest = int(lengths.max())
+    if lengths.min() == 0 or longest >= context:
+        raise SystemExit(f"generate: a prompt is empty or fills the context of {context} tokens "
+                         f"(longest: {longest}); shorten it or train with a longer --context")
     uniforms = torch.zeros(len(prompts), max_new_tokens, dtype=torch.float64)
     if temperature > 0:
-        for i, seed in enumerate(seeds if seeds is not None else range(len(prompts))):
-            uniforms[i].uniform_(generator=torch.Generator().manual_seed(seed))
-    limit = min(longest + max_new_tokens, config.max_position_embeddings)
-    rows = torch.arange(len(prompts))  # the rows still growing
-    lengths = torch.tensor([len(p) for p in prompts])
-    tokens = torch.zeros(len(prompts), limit, dtype=torch.long)  # right-padded; the pad is never looked at
-    for i, prompt in enumerate(prompts):
-        tokens[i, : len(prompt)] = torch.tensor(prompt)
-    cache = KVCache(config, len(prompts), limit, device, dtype) if use_cache else None
+        for row, seed in zip(uniforms, range(len(prompts)) if seeds is None else seeds):
+            row.uniform_(generator=torch.Generator().manual_seed(seed))
+    limit = min(longest + max_new_tokens, context)
+    rows = torch.arange(len(prompts))  # those still growing
+    tokens = torch.zeros(len(prompts), limit, dtype=torch.long)  # right-padded, pads are never read
+    for row, prompt in zip(tokens, prompts):
+        row[: len(prompt)] = torch.tensor(prompt)
+    cache = None
+    if use_cache:
+        cache = KVCache(model.config, len(prompts), limit, first.device, first.dtype)
     for step in range(max_new_tokens):
-        width = int(lengths.max())
-        if cache is None:
-            logits = last_logits(model, tokens[:, :width].to(device), lengths, None, None)
-        else:
-            first = 0 if step == 0 else None  # the whole prompts once, then one token a row
-            positions = torch.arange(width).expand(len(rows), -1) if step == 0 else lengths[:, None] - 1
-            ids = tokens[:, first:width] if step == 0 else tokens.gather(1, positions)
+        width, each, last = int(lengths.max()), torch.arange(len(rows)), lengths - 1
+        ids, positions = tokens[:, :width], None
+        if cache is not None:  # the whole prompts once, then one token a row
             cache.used = width
-            logits = last_logits(model, ids.to(device), lengths, positions.to(device), cache)
-        new = sample(logits, temperature, top_p, uniforms[rows, step].to(device)).cpu()
+            positions = torch.arange(width).expand(len(rows), -1) if step == 0 else last[:, None]
+            ids, positions = tokens.gather(1, positions), positions.to(first.device)
+            last = last if step == 0 else 0
+        hidden = model.model(ids.to(first.device), positions, cache)  # (B, T, C)
+        logits = model.lm_head(hidden[each, last])  # (B, V): one position a row only
+        new = sample(logits, temperature, top_p, uniforms[rows, step].to(first.device)).cpu()
         yield rows.tolist(), new.tolist()
-        room = lengths < limit
-        tokens[torch.arange(len(rows))[room], lengths[room]] = new[room]
+        tokens[each, lengths] = new
         lengths = lengths + 1
-        alive = (new != end_id) & (lengths < config.max_position_embeddings) & room
+        alive = (new != end_id) & (lengths < context)
         if not alive.any():
             return
         if not alive.all():  # finished rows leave the batch: the rest decodes faster
             kept = alive.nonzero()[:, 0]
             rows, tokens, lengths = rows[kept], tokens[kept], lengths[kept]
             if cache is not None:
-                cache.keep(kept.to(device))
-
-
-def last_logits(model, input_ids, lengths, positions, cache):
-    """Logits (B, V) at each row's last token: the head runs on one position a row only."""
-    hidden = model.model(input_ids, positions, cache)  # (B, T, C)
-    if hidden.shape[1] > 1:
-        hidden = hidden[torch.arange(len(hidden)), lengths - 1][:, None]
-    return model.lm_head(hidden)[:, 0]
+                cache.keep(kept.to(first.device))
 
 
 def sample(logits, temperature, top_p, uniform):
-    """One token per row (B,) by inverting the cumulative distribution at uniform (B,); greedy at temperature 0."""
+    """One token per row (B,) by inverting the cumulative distribution at uniform (B,)."""
     if temperature == 0:
         return logits.argmax(-1)
-    probs = (logits.double() / temperature).softmax(-1)  # in fp32 a cumulative sum over V may end below 1
+    # in float64: in fp32 a cumulative sum over V may end below 1
+    probs = (logits.double() / temperature).softmax(-1)
     if top_p < 1:
         ordered, order = probs.sort(dim=-1, descending=True)
         outside = ordered.cumsum(-1) - ordered > top_p  # the token that crosses top_p stays in
         probs = probs.masked_fill(outside.gather(-1, order.argsort(-1)), 0.0)
-    cumulative = probs.cumsum(-1)
-    chosen = torch.searchsorted(cumulative, uniform[:, None] * cumulative[:, -1:], right=True)[:, 0]
+    total = probs.cumsum(-1)
+    chosen = torch.searchsorted(total, uniform[:, None] * total[:, -1:], right=True)[:, 0]
     return chosen.clamp(max=logits.shape[-1] - 1)
 
 
-def generate(model, prompts, max_new_tokens, end_id, temperature=1.0, top_p=1.0, seeds=None, use_cache=True,
-             rows=64):
-    """The replies as lists of ids, the end token included where it was reached; arguments as in `generate_steps`.
-    Any number of prompts: they are taken `rows` at a time, those of like length together."""
-    replies, seeds = [[] for _ in prompts], seeds if seeds is not None else list(range(len(prompts)))
+def generate(model, prompts, max_new_tokens, end_id, temperature=1.0, top_p=1.0, seeds=None,
+             use_cache=True, rows=64):
+    """The replies as lists of ids, the end token included where it was reached; arguments as in
+    `generate_steps`, but any number of prompts: `rows` of like length are taken at a time."""
+    replies, seeds = [[] for _ in prompts], range(len(prompts)) if seeds is None else seeds
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     for start in range(0, len(order), rows):
         chosen = order[start : start + rows]
-        for alive, tokens in generate_steps(model, [prompts[i] for i in chosen], max_new_tokens, end_id, temperature,
-                                            top_p, [seeds[i] for i in chosen], use_cache):
+        steps = generate_steps(model, [prompts[i] for i in chosen], max_new_tokens, end_id,
+                               temperature, top_p, [seeds[i] for i in chosen], use_cache)
+        for alive, tokens in steps:
             for row, token in zip(alive, tokens):
                 replies[chosen[row]].append(token)
     return replies
 
 
-# ======================================================================================== checkpoints
+# ==== checkpoints
 
-SAFETENSORS_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+SAFETENSORS_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16,
+                      "BF16": torch.bfloat16}
 
 
-def write_atomically(path, write, mode="wb"):
-    """Calls write(file) on a temporary neighbour, then renames it: a reader sees the old file or the whole new one."""
-    temporary = Path(f"{path}.tmp{os.getpid()}")
-    with open(temporary, mode, encoding=None if "b" in mode else "utf-8") as file:
+def write_atomically(path, write):
+    """Calls write(binary file) on a neighbour, renamed when it is on disk: a reader, or a process
+    killed at any instant, sees the old file or the whole new one."""
+    temporary = Path(f"{path}.tmp")
+    with open(temporary, "wb") as file:
         write(file)
         file.flush()
         os.fsync(file.fileno())
@@ -475,17 +485,17 @@ def write_atomically(path, write, mode="wb"):
 
 
 def write_safetensors(path, shapes: dict, dtype, tensors, write: bool = True):
-    """The safetensors format by hand: 8 bytes of header length, a JSON header, the raw bytes one after another.
+    """The safetensors format: 8 bytes of header length, a JSON header, the raw bytes in a row.
 
-    shapes: {name: shape}, in the order of `tensors`, an iterable of (name, tensor) consumed one by one, so that a
-    sharded model is written without ever being whole in memory. With write=False the iterable is only walked
-    through: gathering is collective, and every rank has to take part in it.
+    shapes: {name: shape}, in the order of `tensors`, an iterable of (name, tensor) consumed one by
+    one, so that a sharded model is written without ever being whole in memory. With write=False it
+    is only walked through: gathering is collective, and every rank has to take part in it.
     """
     if not write:
         for _ in tensors:
             pass
         return
-    code = {v: k for k, v in SAFETENSORS_DTYPES.items()}[dtype]
+    [code] = [k for k, v in SAFETENSORS_DTYPES.items() if v == dtype]
     header, offset = {"__metadata__": {"format": "pt"}}, 0
     for name, shape in shapes.items():
         end = offset + math.prod(shape) * dtype.itemsize
@@ -498,13 +508,14 @@ def write_safetensors(path, shapes: dict, dtype, tensors, write: bool = True):
         file.write(len(head).to_bytes(8, "little") + head)
         for (name, tensor), expected in zip(tensors, shapes, strict=True):
             assert name == expected and tuple(tensor.shape) == tuple(shapes[name]), name
-            file.write(tensor.detach().to("cpu", dtype).contiguous().view(-1).view(torch.uint8).numpy())
+            flat = tensor.detach().to("cpu", dtype).contiguous().view(-1)
+            file.write(flat.view(torch.uint8).numpy())
 
     write_atomically(path, body)
 
 
 def read_safetensors(path) -> dict[str, torch.Tensor]:
-    """{name: tensor}, mapped from the file (copy before changing). A broken file ends with one line that names it."""
+    """{name: tensor}, mapped from the file (copy before changing); one line if it is broken."""
     try:
         raw = np.memmap(path, dtype=np.uint8, mode="c")
         size = int.from_bytes(raw[:8].tobytes(), "little")
@@ -517,79 +528,97 @@ def read_safetensors(path) -> dict[str, torch.Tensor]:
                 tensors[name] = data.view(entry["shape"])
         return tensors
     except (ValueError, KeyError, RuntimeError) as error:
-        raise SystemExit(f"{path}: not a complete safetensors file ({error}); copy or train it again")
+        raise SystemExit(f"{path}: not a complete safetensors file of floats ({error}); copy or "
+                         "train it again")
 
 
 def save_model(folder, model, tensors=None, write: bool = True):
-    """Writes config.json and model.safetensors as Hugging Face does. tensors: (name, full tensor) in the order of
-    model.named_parameters(), from `Sharded.full_parameters()` under ZeRO; collective, with write=True on rank 0."""
+    """Writes config.json and model.safetensors as Hugging Face does. tensors: (name, full tensor)
+    in the order of model.named_parameters(), from `Sharded.full_parameters()` under ZeRO; then it
+    is collective, with write=True on rank 0."""
     folder, config = Path(folder), model.config
     parameters = dict(model.named_parameters())
     dtype = next(iter(parameters.values())).dtype
-    tensors = parameters.items() if tensors is None else tensors
     shapes = {name: tuple(p.shape) for name, p in parameters.items()}
     if write:
         folder.mkdir(parents=True, exist_ok=True)
-        kind = {"llama": "Llama", "qwen2": "Qwen2", "qwen3": "Qwen3"}[config.model_type]
-        scalar = isinstance(model, ScalarModel)
-        entries = asdict(config) | {"torch_dtype": str(dtype).removeprefix("torch."), "hidden_act": "silu"}
-        entries["architectures"] = [kind + ("ForSequenceClassification" if scalar else "ForCausalLM")]
-        if scalar:
+        task = "ForSequenceClassification" if isinstance(model, ScalarModel) else "ForCausalLM"
+        entries = asdict(config) | {
+            "torch_dtype": str(dtype).removeprefix("torch."), "hidden_act": "silu",
+            "architectures": [config.model_type.capitalize() + task]}
+        if isinstance(model, ScalarModel):
             entries["num_labels"] = 1
-        write_atomically(folder / "config.json", lambda f: json.dump(entries, f, indent=2), "w")
+        text = json.dumps(entries, indent=2).encode()
+        write_atomically(folder / "config.json", lambda file: file.write(text))
+    tensors = parameters.items() if tensors is None else tensors
     write_safetensors(folder / "model.safetensors", shapes, dtype, tensors, write)
 
 
 def load_config(folder) -> ModelConfig:
-    """Reads config.json of a Llama, Qwen2 or Qwen3 folder; one line and an exit for anything else."""
+    """Reads config.json of a Llama, Qwen2 or Qwen3 folder, as transformers 4 or 5 writes it."""
     path = Path(folder) / "config.json"
     if not path.exists():
         raise SystemExit(f"{path}: no such file; pass the folder of a checkpoint, such as out/base")
-    raw = json.loads(path.read_text(encoding="utf-8"))
-    rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
-    if raw.get("model_type") not in ("llama", "qwen2", "qwen3"):
-        raise SystemExit(f"{path}: model_type {raw.get('model_type')!r} is not one of llama, qwen2, qwen3")
-    if rope.get("rope_type", rope.get("type", "default")) != "default" or raw.get("use_sliding_window"):
-        raise SystemExit(f"{path}: scaled rotary positions and sliding windows are not built; choose another model")
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise SystemExit(f"{path}: broken JSON ({error}); copy or train it again")
+    kind, rope = raw.get("model_type"), raw.get("rope_parameters") or raw.get("rope_scaling") or {}
+    if kind not in ("llama", "qwen2", "qwen3"):
+        raise SystemExit(f"{path}: model_type {kind!r} is not one of llama, qwen2, qwen3")
+    scaled = rope.get("rope_type", rope.get("type", "default")) != "default"
+    if scaled or raw.get("use_sliding_window") or raw.get("hidden_act", "silu") != "silu":
+        raise SystemExit(f"{path}: scaled rotary positions, sliding windows and activations other "
+                         "than silu are not built; choose another model")
     known = {k: raw[k] for k in ModelConfig.__dataclass_fields__ if raw.get(k) is not None}
-    known.setdefault("rope_theta", rope.get("rope_theta", 10000.0))
-    known.setdefault("tie_word_embeddings", False)
-    known.setdefault("num_key_value_heads", raw["num_attention_heads"])
-    return ModelConfig(**known)
+    needed = {"vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
+              "num_attention_heads", "max_position_embeddings"}
+    if needed - known.keys():
+        raise SystemExit(f"{path}: lacks {', '.join(sorted(needed - known.keys()))}")
+    implied = {"num_key_value_heads": raw["num_attention_heads"], "rms_norm_eps": 1e-6,
+               "rope_theta": rope.get("rope_theta", 10000.0), "tie_word_embeddings": False}
+    return ModelConfig(**implied | known)
 
 
 def load_model(folder, kind=CausalLM, device="cpu", dtype=torch.float32):
-    """A CausalLM or ScalarModel with the folder's weights. A ScalarModel made from a CausalLM's folder (the reward
-    model from SFT) keeps its zero head; any other missing or misshapen weight ends with one line that names it."""
+    """A CausalLM or ScalarModel with the folder's weights. A ScalarModel made from a CausalLM's
+    folder (the reward model from SFT) drops its head and keeps its own zero head; any other
+    missing, misshapen or surplus weight ends with one line that names it."""
     folder = Path(folder)
     model = kind(load_config(folder))
-    files = sorted(folder.glob("model*.safetensors"))
+    files = sorted(folder.glob("model*.safetensors"))  # large models come in several
     if not files:
         raise SystemExit(f"{folder}: holds no model.safetensors; was its training finished?")
     weights = {name: tensor for file in files for name, tensor in read_safetensors(file).items()}
-    for name, parameter in model.named_parameters():
+    parameters = dict(model.named_parameters())
+    for name, parameter in parameters.items():
         if name not in weights and name == "score.weight":
             continue
         if name not in weights or weights[name].shape != parameter.shape:
             found = tuple(weights[name].shape) if name in weights else "nothing"
-            raise SystemExit(f"{folder}: {name} should be {tuple(parameter.shape)}, the file has {found}")
+            raise SystemExit(f"{folder}: {name} should be {tuple(parameter.shape)}, the file has "
+                             f"{found}")
         parameter.data.copy_(weights[name])
+    for name in weights.keys() - parameters.keys():  # such as biases: without them it is not it
+        if name != "lm_head.weight" and not name.endswith("rotary_emb.inv_freq"):
+            raise SystemExit(f"{folder}: has {name}, which a {kind.__name__} of ours does not")
     return model.to(device=device, dtype=dtype)
 
 
 def main():
     import argparse
 
-    parser = argparse.ArgumentParser(description="Chat with a checkpoint; without one, list the presets.")
-    parser.add_argument("folder", nargs="?", help="folder of a checkpoint, such as out/sft")
-    parser.add_argument("--prompt", help="ask this once instead of chatting")
-    parser.add_argument("--system", default="", help="a system message to start with")
-    parser.add_argument("--template", default="chat", choices=["chat", "alpaca", "none"],
-                        help="chat: role tokens; alpaca: ### Instruction:; none: continue the bare text (base models)")
-    parser.add_argument("--max-new-tokens", type=int, default=128)
-    parser.add_argument("--temperature", type=float, default=0.7, help="0: always the likeliest token")
-    parser.add_argument("--top-p", type=float, default=1.0)
-    parser.add_argument("--seed", type=int, default=0)
+    parser = argparse.ArgumentParser(description="Chat with a checkpoint, or list the presets.")
+    add = parser.add_argument
+    add("folder", nargs="?", help="folder of a checkpoint, such as out/sft; none: the presets")
+    add("--prompt", help="ask this once instead of chatting")
+    add("--system", default="", help="a system message to start with")
+    add("--template", default="chat", choices=["chat", "alpaca", "none"],
+        help="chat: role tokens; alpaca: ### Instruction:; none: continue the text (base models)")
+    add("--max-new-tokens", type=int, default=128)
+    add("--temperature", type=float, default=0.7, help="0: always the likeliest token")
+    add("--top-p", type=float, default=1.0)
+    add("--seed", type=int, default=0)
     args = parser.parse_args()
     if args.folder is None:
         print(f"{'preset':<12}{'parameters':>18}{'12·L·C²':>18}")
@@ -600,9 +629,14 @@ def main():
     from data import chat
 
     model = load_model(args.folder)
-    chat(lambda ids, end_id, seed: (tokens[0] for _, tokens in generate_steps(
-        model, [ids], args.max_new_tokens, end_id, args.temperature, args.top_p, [seed])),
-        args.folder, args.prompt, args.system, args.template, args.seed, model.config.max_position_embeddings)
+
+    def stream(ids, end_id, seed):
+        steps = generate_steps(model, [ids], args.max_new_tokens, end_id, args.temperature,
+                               args.top_p, [seed])
+        return (tokens[0] for _, tokens in steps)
+
+    chat(stream, args.folder, args.prompt, args.system, args.template, args.seed,
+         model.config.max_position_embeddings)
 
 
 if __name__ == "__main__":

@@ -1,15 +1,17 @@
-"""Pretraining (预训练): a randomly initialised transformer learns to predict the next token of raw text.
+"""Pretraining (预训练): a randomly initialised transformer learns to predict the next token.
 
-    python pretrain.py                                       the default world (make data makes it)
-    python pretrain.py --data book.txt --out out/book        a file of your own; its tokenizer is trained first
-    torchrun --nproc-per-node 2 pretrain.py --zero 3         the same batches on two processes
+    python pretrain.py                                    the default world (make data makes it)
+    python pretrain.py --data book.txt --out out/book     a file of your own, with its own tokenizer
+    torchrun --nproc-per-node 2 pretrain.py --zero 3      the same batches on two processes
 
-Documents: D0 4.2.1, D2 第2节, D4 第2节. The task is causal language modelling; masked words and next-sentence
-prediction (D1 lists them) are BERT's tasks. Expect: the first loss is ln V + ½·C·σ², printed beside the measured one;
-what follows falls quickly for a hundred steps, then slowly. Losses are per token and depend on the tokenizer: compare
-bits per byte. Windows are cut anywhere, so a document may see the end of the one before it.
+Documents: D0 4.2.1, D2 第2节, D4 第2节. The task is causal language modelling; masked words and
+next-sentence prediction (D1 lists them) are BERT's tasks. Windows are cut anywhere, so a document
+may see the end of the one before it.
+Expect: the first loss is ln V + ½·C·σ², printed beside the measured one; the loss falls quickly for
+a hundred steps, then slowly. It is per token and depends on the tokenizer: compare bits per byte.
 """
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -47,39 +49,43 @@ class Config(RunConfig):
 def corpus(cfg) -> tuple[Tokenizer, Tokens, Tokens]:
     """Tokenizer, training tokens, held-out tokens; made by one process, awaited by the others."""
     out, source = Path(cfg.out), cfg.tokenizer or cfg.init
+    split = 1.0 if cfg.val_data else 1 - cfg.val_fraction
 
     def train_tokenizer():
         texts = read_texts(cfg.data)
-        texts = texts if cfg.val_data or len(texts) > 1 else [texts[0][: int(len(texts[0]) * (1 - cfg.val_fraction))]]
+        one = [texts[0][: int(split * len(texts[0]))]]
+        texts = texts[: int(split * len(texts))] if len(texts) > 1 else one  # never the held-out
         Tokenizer.from_merges(train_bpe(texts, cfg.vocab_size - len(SPECIALS))).save(out)
 
     read_texts(cfg.data.split(",")[0])  # every process stops here when there is nothing to read
     if not source:
         prepared((out / "tokenizer.json").exists, train_tokenizer)
     tokenizer = Tokenizer.load(source or out)
-    split = 1.0 if cfg.val_data else 1 - cfg.val_fraction
     train = Tokens(out / "train.bin", cfg.data, tokenizer, (0.0, split))
-    val = Tokens(out / "val.bin", cfg.val_data or cfg.data, tokenizer, (0.0 if cfg.val_data else split, 1.0))
+    held = (0.0, 1.0) if cfg.val_data else (split, 1.0)
+    val = Tokens(out / "val.bin", cfg.val_data or cfg.data, tokenizer, held)
     for tokens in (train, val):
         prepared(tokens.ready, tokens.build)
     return tokenizer, train.open(cfg.context), val.open(cfg.context, least=0)
 
 
 def nll_sum(model, windows, device):
-    """Summed negative log-likelihood of windows [(T+1,) ids]: every token but a window's first is a target."""
+    """Summed negative log-likelihood of windows (T+1,): all tokens but each first are targets."""
     input_ids, targets = collate([(ids, [1] * len(ids)) for ids in windows], pad=0)
     return -token_logprobs(model, input_ids.to(device), targets.to(device)).sum()
 
 
 @torch.no_grad()
 def evaluate(model, tokens, cfg, device) -> dict:
-    """Loss per token and bits per byte of the held-out text, each token scored once with up to --context before it."""
-    windows = tokens.windows()
-    parts = micro_batches([len(w) for w in windows], cfg.micro_tokens, dist.get_rank(), dist.get_world_size())
+    """Loss per token and bits per byte of the held-out text: each token is scored once, with up to
+    --context tokens before it."""
+    windows, rank, world = tokens.windows(), dist.get_rank(), dist.get_world_size()
+    parts = micro_batches([len(w) for w in windows], cfg.micro_tokens, rank, world)
     local = sum(float(nll_sum(model, [windows[i] for i in part], device)) for part in parts)
     [total] = all_sum(local, device=device)
+    bits = total / math.log(2)
     count = max(1, len(tokens.ids) - 1)
-    return {"loss": total / count, "bits_per_byte": total / 0.6931471805599453 / max(1, tokens.bytes)}
+    return {"loss": total / count, "bits_per_byte": bits / max(1, tokens.bytes)}
 
 
 def main(cfg):
@@ -92,14 +98,15 @@ def main(cfg):
         shape = {k: getattr(cfg, k) for k in ModelConfig.__dataclass_fields__ if hasattr(cfg, k)}
         model = CausalLM(ModelConfig(**shape | {"vocab_size": tokenizer.vocab_size}))
     model.model.activation_checkpointing = cfg.checkpointing
-    optimizer = AdamW(model, cfg.zero, dtype, device, weight_decay=cfg.weight_decay, grad_clip=cfg.grad_clip)
+    optimizer = AdamW(model, cfg.zero, dtype, device, weight_decay=cfg.weight_decay,
+                      grad_clip=cfg.grad_clip)
     rank, world, per_step = dist.get_rank(), dist.get_world_size(), cfg.batch_size * cfg.context
     print0(f"{model.config.num_parameters():,} parameters, {len(train.ids):,} training tokens "
-           f"({train.bytes / max(1, len(train.ids)):.2f} bytes each), {per_step:,} per step, "
+           f"({train.bytes / len(train.ids):.2f} bytes each), {per_step:,} per step, "
            f"{cfg.steps * per_step / len(train.ids):.1f} passes, {len(val.ids):,} held-out tokens")
 
     for step in range(run.resume(model=optimizer), cfg.steps):
-        windows = train.batch(cfg.seed, step, cfg.batch_size)  # (batch_size, context + 1), the same on every rank
+        windows = train.batch(cfg.seed, step, cfg.batch_size)  # (batch_size, context + 1)
         loss = 0.0
         for part in micro_batches([cfg.context] * cfg.batch_size, cfg.micro_tokens, rank, world):
             partial = nll_sum(model, windows[part], device) / per_step
@@ -109,7 +116,8 @@ def main(cfg):
         norm = optimizer.step(lr)
         [loss] = all_sum(loss, device=device)
         if step == 0 and not cfg.init:
-            print0(f"first loss {loss:.3f}, expected {expected_first_loss(model.config):.3f} (ln V + C·σ²/2)")
+            expected = expected_first_loss(model.config)
+            print0(f"first loss {loss:.3f}, expected {expected:.3f} (ln V + C·σ²/2)")
         run.log(step, units=per_step, loss=loss, grad_norm=norm, lr=lr)
         run.boundary(step, model=optimizer)
 

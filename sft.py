@@ -1,22 +1,24 @@
 """Supervised fine-tuning (有监督微调, SFT): the base model learns to answer, on conversations.
 
-    python sft.py                                                     the default world, from out/base
-    python sft.py --init out/base --data alpaca.json --out out/mine   a file of your own (five formats)
-    torchrun --nproc-per-node 2 sft.py --zero 3                       the same batches on two processes
+    python sft.py                                          the default world, from out/base
+    python sft.py --data alpaca.json --out out/mine        a file of your own (five formats)
+    torchrun --nproc-per-node 2 sft.py --zero 3            the same batches on two processes
 
-Documents: D0 4.2.2, D2 第3节, D3 第2-3节, D4 第3节. The loss is next-token prediction on the replies and their end
-tokens only, on every turn of a conversation at once (D0's 合理方式). SFT can wipe out what pretraining stored: a
-small share of pretraining text is replayed beside the instructions (--replay), the cure measured in README.md.
-Expect: the first sample is printed with its trained tokens in green; the loss starts high on the end token it has
-never seen and falls within a hundred steps.
+Documents: D0 4.2.2, D2 第3节, D3 第2-3节, D4 第3节. The loss is next-token prediction on the replies
+and their end tokens only, on every turn of a conversation at once (D0's 合理方式). SFT can wipe out
+what pretraining stored: a small share of pretraining text is replayed (--replay).
+Expect: the first sample is printed with its trained tokens in green; the loss starts high on the
+end token it has never seen and falls within a hundred steps.
 """
 
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
 
-from data import Tokenizer, Tokens, collate, epoch_rows, micro_batches, read_conversations, render, show
+from data import Tokenizer, Tokens, collate, epoch_rows, micro_batches, read_conversations, render
+from data import show
 from model import generate, load_model, save_model, token_logprobs
 from zero import AdamW, Run, RunConfig, all_sum, launch, lr_at, prepared, print0, setup
 
@@ -25,12 +27,12 @@ from zero import AdamW, Run, RunConfig, all_sum, launch, lr_at, prepared, print0
 class Config(RunConfig):
     init: str = "out/base"  # checkpoint to start from
     out: str = "out/sft"  # folder of this run
-    data: str = "out/data/sft.jsonl"  # conversations: messages, ShareGPT, Alpaca, question/answer; comma-separated
+    data: str = "out/data/sft.jsonl"  # conversations in any known format; comma-separated
     val_data: str = ""  # held-out conversations; empty: the end of --data
     val_fraction: float = 0.02  # how much of the end of --data is held out
-    template: str = "chat"  # chat: role tokens; alpaca: the documents' ### Instruction: text
+    template: str = "chat"  # chat: role tokens; alpaca: ### Instruction: text
     turns: str = "all"  # all: every reply is trained; last: only the last one
-    replay: str = "auto"  # pretraining text to mix in; auto: the corpus beside --data if there is one; none
+    replay: str = "auto"  # pretraining text to mix in; auto: corpus.jsonl beside --data; none
     replay_rows: int = 4  # windows of it per optimizer step
     replay_weight: float = 0.3  # its weight in the loss
     context: int = 256  # longest conversation in tokens; longer ones lose their end
@@ -41,16 +43,18 @@ class Config(RunConfig):
 
 
 def read_rows(paths, tokenizer, cfg) -> list[tuple[list[int], list[int]]]:
-    """(ids, mask) of every conversation; those without a trained token are dropped, counted and reported."""
-    rows = [render(r["messages"], tokenizer, cfg.template, cfg.turns) for r in read_conversations(paths)]
+    """(ids, mask) of every conversation; those without a trained token are dropped and counted."""
+    records = read_conversations(paths)
+    rows = [render(r["messages"], tokenizer, cfg.template, cfg.turns) for r in records]
     cut = [(ids[: cfg.context], mask[: cfg.context]) for ids, mask in rows]
     kept = [row for row in cut if any(row[1][1:])]
     longer = sum(len(ids) > cfg.context for ids, _ in rows)
-    if len(kept) < len(rows) or longer:
-        print0(f"{paths}: {longer} conversations cut to {cfg.context} tokens, {len(rows) - len(kept)} of {len(rows)} "
-               "dropped because no reply was left to train on")
+    dropped = len(rows) - len(kept)
+    if dropped or longer:
+        print0(f"{paths}: {longer} conversations cut to {cfg.context} tokens, {dropped} of "
+               f"{len(rows)} dropped because no reply was left to train on")
     if not kept:
-        raise SystemExit(f"{paths}: no conversation has a reply within --context {cfg.context} tokens")
+        raise SystemExit(f"{paths}: no conversation has a reply within --context {cfg.context}")
     return kept
 
 
@@ -68,17 +72,17 @@ def trained(rows) -> int:
 @torch.no_grad()
 def evaluate(model, rows, tokenizer, cfg, device) -> dict:
     """Loss per reply token on held-out conversations."""
-    parts = micro_batches([len(i) for i, _ in rows], cfg.micro_tokens, dist.get_rank(), dist.get_world_size())
-    local = sum(float(nll_sum(model, [rows[i] for i in part], tokenizer, device)) for part in parts)
+    lengths, rank, world = [len(ids) for ids, _ in rows], dist.get_rank(), dist.get_world_size()
+    parts = [[rows[i] for i in p] for p in micro_batches(lengths, cfg.micro_tokens, rank, world)]
+    local = sum(float(nll_sum(model, part, tokenizer, device)) for part in parts)
     [total] = all_sum(local, device=device)
-    return {"loss": total / max(1, trained(rows))}
+    return {"loss": total / trained(rows)}
 
 
 def open_replay(cfg, tokenizer):
     """The pretraining text to replay, or None."""
     path = cfg.replay
     if path == "auto":
-        from pathlib import Path
         beside = Path(cfg.data.split(",")[0]).with_name("corpus.jsonl")
         path = str(beside) if beside.exists() else "none"
     if path == "none" or not cfg.replay_rows:
@@ -100,10 +104,11 @@ def main(cfg):
     replay = open_replay(cfg, tokenizer)
     model = load_model(cfg.init)
     model.model.activation_checkpointing = cfg.checkpointing
-    optimizer = AdamW(model, cfg.zero, dtype, device, weight_decay=cfg.weight_decay, grad_clip=cfg.grad_clip)
+    optimizer = AdamW(model, cfg.zero, dtype, device, weight_decay=cfg.weight_decay,
+                      grad_clip=cfg.grad_clip)
     rank, world = dist.get_rank(), dist.get_world_size()
     share = trained(rows) / sum(len(ids) for ids, _ in rows)
-    print0(f"{len(rows):,} conversations, {share:.0%} of their tokens trained (turns: {cfg.turns}), {len(val)} held "
+    print0(f"{len(rows):,} conversations, {share:.0%} of their tokens trained, {len(val)} held "
            f"out, {cfg.batch_size} per step, replay: {replay.paths if replay else 'none'}")
     print0("first sample, trained tokens in green:\n" + show(rows[:1], tokenizer))
 
@@ -115,8 +120,8 @@ def main(cfg):
             groups.append(([(ids, [1] * len(ids)) for ids in windows], cfg.replay_weight))
         losses = []
         for members, weight in groups:
-            count, loss = trained(members), 0.0
-            for part in micro_batches([len(i) for i, _ in members], cfg.micro_tokens, rank, world):
+            lengths, count, loss = [len(ids) for ids, _ in members], trained(members), 0.0
+            for part in micro_batches(lengths, cfg.micro_tokens, rank, world):
                 partial = nll_sum(model, [members[i] for i in part], tokenizer, device) / count
                 optimizer.backward(weight * partial)
                 loss += float(partial.detach())
@@ -125,18 +130,20 @@ def main(cfg):
         norm = optimizer.step(lr)
         losses = all_sum(*losses, device=device)
         named = {"loss": losses[0]} | ({"replay_loss": losses[1]} if replay else {})
-        run.log(step, units=sum(len(ids) for ids, _ in batch), **named, grad_norm=norm, lr=lr)
+        tokens = sum(len(ids) for members, _ in groups for ids, _ in members)
+        run.log(step, units=tokens, **named, grad_norm=norm, lr=lr)
         run.boundary(step, model=optimizer)
 
     with optimizer.gathered():
-        result = evaluate(model, val, tokenizer, cfg, device)
+        result = evaluate(model, val, tokenizer, cfg, device) if val else {}
         if rank == 0:
             for record in read_conversations(cfg.data)[:3]:
                 messages = record["messages"][:-1] or record["messages"]
                 ids, _ = render(messages, tokenizer, cfg.template)
                 if len(ids) < model.config.max_position_embeddings:
                     reply = generate(model, [ids], 64, tokenizer.ids["<|end|>"], temperature=0)[0]
-                    print(f"{messages[-1]['content'][:80]!r} → {tokenizer.decode(reply)!r}", flush=True)
+                    question = messages[-1]["content"][:80]
+                    print(f"{question!r} → {tokenizer.decode(reply)!r}", flush=True)
     save_model(cfg.out, model, optimizer.full_parameters(), write=rank == 0)
     if rank == 0:
         tokenizer.save(cfg.out)

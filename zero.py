@@ -1,24 +1,29 @@
-"""ZeRO by hand: data-parallel training with optimizer state, gradients and parameters split over the ranks.
+"""ZeRO by hand: data-parallel training with optimizer state, gradients and parameters split over
+the ranks.
 
-    python zero.py plan --params 7.5e9 --world-size 64       bytes per GPU and traffic per step of every stage
-    torchrun --nproc-per-node 2 zero.py measure               the same table beside live tensors of a real model
+    python zero.py plan --params 7.5e9 --world-size 64    bytes per GPU and traffic of every stage
+    torchrun --nproc-per-node 2 zero.py measure           the same beside live tensors of a model
 
-Bytes per parameter on each of N ranks, at rest between backward and step (D0 4.2.1; ZeRO paper, section 3):
+Bytes per parameter on each of N ranks, at rest between backward and step (D0 4.2.1; ZeRO paper,
+section 3), and bytes sent per step with k micro-batches, Ψ bytes of weights, f = (N-1)/N:
 
-    stage                            fp32 (4 + 4 + 8)   16-bit weights (2 + 2 + 4 + 4 + 4)   sent per step, k micro-batches
-    0  everything on every rank           16                       16                         2Ψ(N-1)/N
-    1  Adam's state split              8 + 8/N                  4 + 12/N                       2Ψ(N-1)/N
-    2  gradients too                   4 + 12/N                 2 + 14/N                       (k+1)Ψ(N-1)/N
-    3  parameters too                  16/N                     16/N                           3kΨ(N-1)/N
+    stage                           fp32 (4+4+8)   16-bit weights (2+2+4+4+4)   sent per step
+    0  everything on every rank     16             16                           2Ψf
+    1  Adam's state split           8 + 8/N        4 + 12/N                     2Ψf
+    2  gradients too                4 + 12/N       2 + 14/N                     (k+1)Ψf
+    3  parameters too               16/N           16/N                         3kΨf
 
-Every stage is the last one with one thing less kept: the update is always `adamw_` on a flat shard, the gradient
-always the sum over ranks of a flat buffer, so all stages give the same numbers. There is no wrapper around the model:
+Every stage is the last one with one thing less kept: the update is always `adamw_` on a flat shard,
+the gradient always the sum over ranks of a flat buffer, so all stages give the same numbers. There
+is no wrapper around the model:
     optimizer = AdamW(model, stage=3, ...);  optimizer.backward(loss);  optimizer.step(lr)
-A loss is a sum divided by its count over the whole optimizer step, all ranks and micro-batches: gradients are
-added, never averaged (D4 5.3.2's loss / accumulation_steps is a mean of means, wrong when lengths differ).
+A loss is a sum divided by its count over the whole optimizer step, all ranks and micro-batches:
+gradients are added, never averaged (D4 5.3.2's loss / accumulation_steps is a mean of means, wrong
+when lengths differ).
 """
 
 import argparse
+import ctypes
 import datetime
 import hashlib
 import inspect
@@ -40,7 +45,7 @@ import torch
 import torch.distributed as dist
 import torch.nn as nn
 
-# ======================================================================================== launch
+# ==== launch
 
 
 @dataclass
@@ -58,89 +63,106 @@ class BaseConfig:
 
 @dataclass
 class RunConfig(BaseConfig):
-    """What every training script can be told besides; each script's Config adds its own and sets other defaults."""
+    """What every training script can be told besides; each adds its own and other defaults."""
 
     fresh: bool = False  # start over instead of resuming what stands in --out
     steps: int = 1000  # optimizer steps
     batch_size: int = 32  # rows per optimizer step over all processes, whatever their number
-    micro_tokens: int = 2048  # padded tokens of one forward pass on one process; less takes less memory
+    micro_tokens: int = 2048  # padded tokens of a forward pass of a process; less takes less memory
     lr: float = 1e-3  # peak learning rate, after warmup
     warmup: float = 0.05  # share of the steps in which the learning rate rises
     min_lr: float = 0.1  # end of the cosine, as a share of the peak
     weight_decay: float = 0.1  # AdamW's, on weights of two and more dimensions
     grad_clip: float = 1.0  # largest norm of the gradient
-    checkpointing: bool = False  # recompute activations in backward (gradient checkpointing, D4 2.4.2)
+    checkpointing: bool = False  # recompute activations in backward (D4 2.4.2)
     save_every: int = 500  # steps between two saved training states
-    log_every: float = 10.0  # seconds between two printed lines where the output is not a terminal
+    log_every: float = 10.0  # seconds between two printed lines where the output is no terminal
 
 
-# Flags that may change between a run and its resumption: they change speed and memory, not what is trained.
-FREE = {"fresh", "micro_tokens", "zero", "device", "dtype", "threads", "checkpointing", "save_every", "log_every"}
-DTYPES = {"fp64": torch.float64, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+# These may change between a run and its resumption: speed and memory, not what is trained.
+FREE = {"fresh", "micro_tokens", "zero", "device", "dtype", "threads", "checkpointing",
+        "save_every", "log_every"}
+DTYPES = {"fp64": torch.float64, "fp32": torch.float32, "bf16": torch.bfloat16,
+          "fp16": torch.float16}
 
 
 def parse_config(Config, argv=None):
     """Config from the command line: a kebab-case flag per field, its comment as the help text."""
-    doc = sys.modules[Config.__module__].__doc__ or ""
-    parser = argparse.ArgumentParser(description=doc, allow_abbrev=False,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=sys.modules[Config.__module__].__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter,
+                                     allow_abbrev=False)
+    # the most derived class comes first, and the first comment found counts
     source = "".join(inspect.getsource(c) for c in Config.__mro__ if c is not object)
     for field in fields(Config):
         comment = re.search(rf"^    {field.name}: .*?  # (.*)$", source, re.MULTILINE)
         text = f"{comment[1] if comment else ''} (default: {field.default!r})".replace("%", "%%")
-        kind = argparse.BooleanOptionalAction if isinstance(field.default, bool) else None
-        options = {"action": kind} if kind else {"type": type(field.default)}
+        kind = {"type": type(field.default)}
+        if isinstance(field.default, bool):
+            kind = {"action": argparse.BooleanOptionalAction}
         flag = "--" + field.name.replace("_", "-")
-        parser.add_argument(flag, default=field.default, help=text, **options)
+        parser.add_argument(flag, default=field.default, help=text, **kind)
     return Config(**vars(parser.parse_args(argv)))
 
 
 def launch(main, Config, argv=None):
-    """Runs main(config) under `python x.py` and `torchrun x.py` alike, and ends the process group."""
-    cfg = parse_config(Config, argv)
-    main(cfg)
+    """Runs main(config), under `python x.py` and `torchrun x.py` alike."""
+    main(parse_config(Config, argv))
     if dist.is_initialized():
         dist.destroy_process_group()
 
 
 def setup(cfg) -> tuple[torch.device, torch.dtype]:
-    """Process group, device, threads and seed: the same for one process and for many, so nobody asks which it is."""
-    local, ranks = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    if cfg.device == "cuda" and not torch.cuda.is_available():
-        raise SystemExit("--device cuda: this torch sees no GPU; use --device cpu, or install a CUDA build")
+    """Process group, device, threads and seed, for one process as for many: nobody asks which."""
+    local = int(os.environ.get("LOCAL_RANK", 0))
+    ranks = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    for flag, valid in {"dtype": (*DTYPES, "auto"), "zero": (0, 1, 2, 3),
+                        "device": ("cpu", "cuda", "auto")}.items():
+        if getattr(cfg, flag) not in valid:
+            raise SystemExit(f"--{flag} is one of {', '.join(map(str, valid))}")
     cuda = torch.cuda.is_available() and cfg.device != "cpu"
+    if cfg.device == "cuda" and not cuda:
+        raise SystemExit("--device cuda: this torch sees no GPU; use cpu, or install a CUDA build")
     device = torch.device("cuda", local) if cuda else torch.device("cpu")
-    if not dist.is_initialized():
-        os.environ.setdefault("USE_LIBUV", "0" if sys.platform == "win32" else "1")
-        alone = {} if "RANK" in os.environ else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
-        timeout = datetime.timedelta(minutes=10)
-        dist.init_process_group("nccl" if cuda else "gloo", timeout=timeout, **alone)
     if cuda:
         torch.cuda.set_device(device)
+    if not dist.is_initialized():
+        os.environ.setdefault("USE_LIBUV", "0" if sys.platform == "win32" else "1")
+        alone = {"store": dist.HashStore(), "rank": 0, "world_size": 1}
+        dist.init_process_group("nccl" if cuda else "gloo", timeout=datetime.timedelta(minutes=10),
+                                **({} if "RANK" in os.environ else alone))
     if cfg.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
+    libc = ctypes.CDLL(None) if sys.platform == "linux" else None
+    if hasattr(libc, "mallopt"):  # glibc, which gives large freed blocks back to the kernel: they
+        libc.mallopt(-3, 1 << 30)  # M_MMAP_THRESHOLD   # fault in anew at every step, 3-11 % of it
+        libc.mallopt(-1, 1 << 30)  # M_TRIM_THRESHOLD
     cores = cpu_cores()
     torch.set_num_threads(cfg.threads or max(1, cores // ranks))  # torchrun's own default is 1
-    torch.manual_seed(cfg.seed)  # the same on every rank: equal weights; batches are keyed by step instead
-    if cfg.dtype not in (*DTYPES, "auto") or cfg.zero not in (0, 1, 2, 3):
-        raise SystemExit(f"--dtype is one of {', '.join(DTYPES)}, auto, and --zero one of 0, 1, 2, 3")
-    fast = cuda or torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    torch.manual_seed(cfg.seed)  # equal weights on every rank; batches are keyed by step instead
+    instructions = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")  # not in every torch
+    fast = any(getattr(torch.cpu, name, bool)() for name in instructions)  # bool() is False
+    fast = torch.cuda.get_device_capability(device) >= (8, 0) if cuda else fast
     name = cfg.dtype if cfg.dtype != "auto" else "bf16" if fast else "fp32"
     why = "" if cfg.dtype != "auto" else " (fast here)" if fast else " (no fast bf16 here)"
-    print0(f"{dist.get_world_size()} process(es) x {torch.get_num_threads()} threads of {cores} cores, {device}, "
-           f"{dist.get_backend()}, {name}{why}, ZeRO stage {cfg.zero}")
+    print0(f"{dist.get_world_size()} process(es) x {torch.get_num_threads()} threads of {cores} "
+           f"cores, {device}, {dist.get_backend()}, {name}{why}, ZeRO stage {cfg.zero}")
     return device, DTYPES[name]
 
 
 def cpu_cores() -> int:
     """Cores this process may use: the affinity mask, less what a container's quota takes away."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    try:
-        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text(encoding="utf-8").split()
-        return max(1, min(cores, int(quota) // int(period)))
-    except (OSError, ValueError):  # no cgroup, or "max"
-        return cores
+    affinity = getattr(os, "sched_getaffinity", None)  # Linux only
+    cores = len(affinity(0)) if affinity else os.cpu_count() or 1
+    for files in (["cpu.max"], ["cpu/cpu.cfs_quota_us", "cpu/cpu.cfs_period_us"]):  # cgroup 2, 1
+        try:
+            texts = [Path("/sys/fs/cgroup", file).read_text(encoding="utf-8") for file in files]
+            quota, period = map(int, " ".join(texts).split())
+        except (OSError, ValueError):  # no such cgroup, or "max"
+            continue
+        if quota > 0:
+            cores = max(1, min(cores, quota // period))
+    return cores
 
 
 def print0(*args, **kwargs):
@@ -150,8 +172,9 @@ def print0(*args, **kwargs):
 
 
 def keyed_seed(*key) -> int:
-    """A 63-bit seed from anything printable: randomness keyed by (seed, step, row) needs no state to be saved."""
-    return int.from_bytes(hashlib.blake2b(repr(key).encode(), digest_size=8).digest(), "little") >> 1
+    """A 63-bit seed from anything printable: randomness keyed by (seed, step, row) has no state."""
+    digest = hashlib.blake2b(repr(key).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 1
 
 
 def all_sum(*values, device=None) -> list[float]:
@@ -169,132 +192,29 @@ def everywhere(mine: dict) -> dict:
 
 
 def prepared(ready, build):
-    """Rank 0 of each machine builds a file that all ranks need; the others wait on the file, not in a collective,
-    which would time out. ready() → bool looks at the disk; build() must end with an atomic rename."""
+    """Rank 0 of each machine builds a file that all ranks need; the others wait on the file, not in
+    a collective, which would time out. ready() → bool looks at the disk; build() must end with an
+    atomic rename."""
     first = int(os.environ.get("LOCAL_RANK", 0)) == 0
     while not ready():
         build() if first else time.sleep(0.2)
 
 
-# ======================================================================================== the folder of a run
+def write_atomically(path, write):
+    """Calls write(binary file) on a neighbour that is renamed when it is on disk: a reader, or a
+    run killed at any instant, sees the old file or the whole new one."""
+    temporary = Path(f"{path}.tmp")
+    with open(temporary, "wb") as file:
+        write(file)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
 
 
-class Run:
-    """Everything a run leaves in --out beside the weights: run.json, metrics.jsonl, eval.json, the state to resume.
-
-    Same --out and same config: the run resumes where it was; another config: one line and an exit; --fresh starts over.
-    """
-
-    def __init__(self, cfg, steps, inputs=()):
-        """inputs: the files it depends on (data, initial weights); a run whose inputs have changed starts over."""
-        self.cfg, self.steps, self.out = cfg, steps, Path(cfg.out)
-        self.rank, self.printed, self.units, self.tty = dist.get_rank(), 0.0, 0, sys.stdout.isatty()
-        missing = [p for p in inputs if not Path(p).exists()]
-        if missing:
-            raise SystemExit(f"{missing[0]}: no such file")
-        hashes, fresh = {str(p): file_hash(p) for p in inputs}, cfg.fresh
-        self.record = {"script": Path(sys.argv[0]).name, "config": asdict(cfg), "inputs": hashes}
-        path = self.out / "run.json"
-        if path.exists() and not fresh:
-            record = json.loads(path.read_text(encoding="utf-8"))
-            old, new = record["config"], asdict(cfg)
-            differing = [k for k in new if k not in FREE and old.get(k) != new[k]]
-            if differing:
-                said = ", ".join(f"--{k.replace('_', '-')} {old.get(k)!r} → {new[k]!r}" for k in differing)
-                raise SystemExit(f"{cfg.out} holds a run of another config ({said}); --fresh starts over, "
-                                 "another --out keeps both")
-            changed = [p for p in hashes if record["inputs"].get(p) != hashes[p]]
-            if changed:
-                print0(f"{changed[0]} has changed since the run in {cfg.out}: starting over")
-                fresh = True
-            elif (self.out / "eval.json").exists():
-                print0(f"{cfg.out} is finished; --fresh trains it again")
-                dist.destroy_process_group()
-                raise SystemExit(0)
-        dist.barrier()  # everyone has read the old run.json
-        if self.rank == 0:
-            self.out.mkdir(parents=True, exist_ok=True)
-            (self.out / "eval.json").unlink(missing_ok=True)
-            if fresh:
-                shutil.rmtree(self.out / "state", ignore_errors=True)
-            commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True,
-                                    cwd=Path(__file__).parent).stdout.strip()
-            self.record |= {"commit": commit, "torch": torch.__version__, "python": platform.python_version(),
-                            "world_size": dist.get_world_size(), "threads": torch.get_num_threads(),
-                            "seconds": 0.0}
-            self.write("run.json", self.record)
-        dist.barrier()
-        self.stopping = False
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self.stop)
-
-    def stop(self, *_):
-        """Ctrl-C and SIGTERM: end at the next step boundary, with the state saved."""
-        self.stopping = True
-
-    def write(self, name, content):
-        """Writes content as JSON to a file of the folder, atomically (rank 0)."""
-        if self.rank == 0:
-            temporary = self.out / f"{name}.tmp"
-            temporary.write_text(json.dumps(content, indent=2, ensure_ascii=False), encoding="utf-8")
-            os.replace(temporary, self.out / name)
-
-    def resume(self, **optimizers) -> int:
-        """Loads the newest complete state into the optimizers; returns the step to go on from (0: none)."""
-        state = load_state(self.out / "state", optimizers)
-        self.first = state.get("step", 0)
-        self.seconds = state.get("seconds", 0.0)
-        self.path = self.out / "metrics.jsonl"
-        if self.rank == 0:
-            lines = self.path.read_text(encoding="utf-8").splitlines() if self.path.exists() else []
-            kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] < self.first]
-            self.path.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
-        if self.first:
-            print0(f"resumed at step {self.first} of {self.steps}")
-        self.began = time.time()
-        return self.first
-
-    def log(self, step, units=0, **metrics):
-        """Appends a line to metrics.jsonl and shows one: step, metrics, units (tokens) per second, time left.
-        A loss that is not finite ends the run, on every rank, with nothing overwritten."""
-        broken = [k for k, v in metrics.items() if k.endswith("loss") and not math.isfinite(v)]
-        if broken:
-            raise SystemExit(f"step {step}: {broken[0]} is not finite; lower --lr, or look at the data of this step")
-        elapsed = time.time() - self.began
-        self.units += units
-        rate, done = self.units / elapsed, step + 1 - self.first
-        if self.rank == 0:
-            seconds = round(self.seconds + elapsed, 3)
-            with open(self.path, "a", encoding="utf-8") as file:
-                file.write(json.dumps({"step": step, **metrics, "seconds": seconds}) + "\n")
-            last = step + 1 == self.steps
-            if last or time.time() - self.printed > (0.2 if self.tty else self.cfg.log_every):
-                left = int(elapsed / done * (self.steps - step - 1))
-                shown = "  ".join(f"{k} {v:.4g}" for k, v in metrics.items())
-                line = f"step {step + 1}/{self.steps}  {shown}  {rate:,.0f} tokens/s  {left // 60}:{left % 60:02d} left"
-                print("\r\033[K" + line if self.tty else line, end="\n" if last or not self.tty else "", flush=True)
-                self.printed = time.time()
-
-    def boundary(self, step, **optimizers):
-        """To be called after every step: saves the state when it is time, or when any rank was asked to stop."""
-        stop = bool(all_sum(self.stopping, device=next(iter(optimizers.values())).device)[0])
-        if stop or (step + 1) % self.cfg.save_every == 0 and step + 1 < self.steps:
-            seconds = self.seconds + time.time() - self.began
-            save_state(self.out / "state", optimizers, {"step": step + 1, "seconds": seconds})
-        if stop:
-            print0(f"\nstopped after step {step + 1}; the same command resumes")
-            dist.destroy_process_group()
-            raise SystemExit(130)
-
-    def finish(self, **result):
-        """Writes eval.json last (make's target), and the seconds into run.json."""
-        self.record["seconds"] = round(self.seconds + time.time() - self.began, 1)
-        self.write("run.json", self.record)
-        self.write("eval.json", result)
-        if self.rank == 0:
-            shutil.rmtree(self.out / "state", ignore_errors=True)
-        shown = "  ".join(f"{k} {v:.4g}" for k, v in result.items() if isinstance(v, (int, float)))
-        print0(f"{self.out}: {shown}  ({self.record['seconds']:.0f} s)")
+def write_json(path, content):
+    """Writes content as JSON, atomically."""
+    text = json.dumps(content, indent=2, ensure_ascii=False)
+    write_atomically(path, lambda file: file.write(text.encode()))
 
 
 def file_hash(path) -> str:
@@ -306,22 +226,147 @@ def file_hash(path) -> str:
     return digest.hexdigest()
 
 
-# ======================================================================================== two collectives
+# ==== the folder of a run
+
+
+class Run:
+    """What a run leaves in --out beside the weights: run.json, metrics.jsonl, eval.json and the
+    state to resume from.
+
+    Same --out and same config: the run resumes where it was; another config: one line and an exit;
+    --fresh starts over. Every rank reads the same folder and so decides the same.
+    """
+
+    def __init__(self, cfg, steps, inputs=()):
+        """inputs: the files it depends on; if one has changed, a run in --out starts over."""
+        self.cfg, self.steps, self.out = cfg, steps, Path(cfg.out)
+        self.rank, self.printed, self.units = dist.get_rank(), 0.0, 0
+        self.tty, self.stopping = sys.stdout.isatty(), False
+        for path in inputs:
+            if not Path(path).is_file():
+                raise SystemExit(f"{path}: no such file")
+        hashes, fresh = {str(p): file_hash(p) for p in inputs}, cfg.fresh
+        if (self.out / "run.json").exists() and not fresh:
+            old = json.loads((self.out / "run.json").read_text(encoding="utf-8"))
+            before, now = old["config"], asdict(cfg)
+            differing = [k for k in now if k not in FREE and before.get(k) != now[k]]
+            if differing:
+                said = ", ".join(f"--{k.replace('_', '-')} {before.get(k)!r} → {now[k]!r}"
+                                 for k in differing)
+                raise SystemExit(f"{cfg.out} holds a run of another config ({said}); --fresh "
+                                 "starts over, another --out keeps both")
+            changed = [p for p in hashes if old["inputs"].get(p) != hashes[p]]
+            if changed:
+                print0(f"{changed[0]} has changed since the run in {cfg.out}: starting over")
+                fresh = True
+            elif (self.out / "eval.json").exists():
+                print0(f"{cfg.out} is finished; --fresh trains it again")
+                dist.destroy_process_group()
+                raise SystemExit(0)
+        dist.barrier()  # everyone has read the old run.json
+        git = f'git -C "{Path(__file__).parent}" rev-parse HEAD'
+        failed, commit = subprocess.getstatusoutput(git)  # there may be no git
+        self.record = {"script": Path(sys.argv[0]).name, "config": asdict(cfg), "inputs": hashes,
+                       "commit": "" if failed else commit, "torch": torch.__version__,
+                       "python": platform.python_version(), "world_size": dist.get_world_size(),
+                       "threads": torch.get_num_threads(), "seconds": 0.0}
+        if self.rank == 0:
+            self.out.mkdir(parents=True, exist_ok=True)
+            (self.out / "eval.json").unlink(missing_ok=True)
+            if fresh:
+                shutil.rmtree(self.out / "state", ignore_errors=True)
+            write_json(self.out / "run.json", self.record)
+        dist.barrier()
+
+    def stop(self, *_):
+        """Ctrl-C and SIGTERM: end at the next step boundary, with the state saved; repeated later,
+        at once (within 3 seconds it is torchrun's copy of the same Ctrl-C)."""
+        if self.stopping and time.time() - self.stopping > 3:
+            raise SystemExit(130)
+        self.stopping = self.stopping or time.time()
+
+    def resume(self, **optimizers) -> int:
+        """Loads the newest whole state, cuts metrics.jsonl off there; returns the step (or 0)."""
+        state = load_state(self.out / "state", optimizers)
+        self.first, self.seconds = state.get("step", 0), state.get("seconds", 0.0)
+        self.path = self.out / "metrics.jsonl"
+        if self.rank == 0:
+            old = self.path.read_text(encoding="utf-8") if self.path.exists() else ""
+            whole = [line for line in old.splitlines() if line.endswith("}")]  # not cut by a kill
+            kept = [line + "\n" for line in whole if json.loads(line)["step"] < self.first]
+            write_atomically(self.path, lambda file: file.write("".join(kept).encode()))
+        if self.first:
+            print0(f"resumed at step {self.first} of {self.steps}")
+        for number in (signal.SIGINT, signal.SIGTERM):  # until now a signal ended the process
+            signal.signal(number, self.stop)
+        self.began = time.time()
+        return self.first
+
+    def log(self, step, units=0, **metrics):
+        """Appends a line to metrics.jsonl and shows one. A loss that is not finite ends the run, on
+        every rank, with nothing overwritten."""
+        broken = [k for k, v in metrics.items() if k.endswith("loss") and not math.isfinite(v)]
+        if broken:
+            raise SystemExit(f"step {step}: {broken[0]} is not finite; lower --lr, or look at the "
+                             "data of this step")
+        elapsed = max(1e-9, time.time() - self.began)
+        self.units += units
+        if self.rank != 0:
+            return
+        record = {"step": step, **metrics, "seconds": round(self.seconds + elapsed, 3)}
+        with open(self.path, "a", encoding="utf-8") as file:
+            file.write(json.dumps(record) + "\n")
+        last = step + 1 == self.steps
+        if last or time.time() - self.printed > (0.2 if self.tty else self.cfg.log_every):
+            left = int(elapsed / (step + 1 - self.first) * (self.steps - step - 1))
+            shown = "  ".join(f"{k} {v:.4g}" for k, v in metrics.items())
+            line = (f"step {step + 1}/{self.steps}  {left // 60}:{left % 60:02d} left  "
+                    f"{self.units / elapsed:,.0f} tokens/s  {shown}")
+            if self.tty and not last:  # in place: a line that wraps could not be written over
+                line = line[: shutil.get_terminal_size().columns - 1]
+            end = "\n" if last or not self.tty else ""
+            print("\r\033[K" + line if self.tty else line, end=end, flush=True)
+            self.printed = time.time()
+
+    def boundary(self, step, **optimizers):
+        """After every step: saves when it is time; saves and ends if any rank was asked to stop."""
+        device = next(iter(optimizers.values())).device
+        stop = all_sum(bool(self.stopping), device=device)[0] > 0
+        if stop or (step + 1) % self.cfg.save_every == 0 and step + 1 < self.steps:
+            seconds = self.seconds + time.time() - self.began
+            save_state(self.out / "state", optimizers, {"step": step + 1, "seconds": seconds})
+        if stop:
+            print0(f"\nstopped after step {step + 1}; the same command resumes")
+            dist.destroy_process_group()
+            raise SystemExit(130)
+
+    def finish(self, **result):
+        """Writes the seconds into run.json and, last (it is make's target), eval.json."""
+        self.record["seconds"] = round(self.seconds + time.time() - self.began, 1)
+        if self.rank == 0:
+            write_json(self.out / "run.json", self.record)
+            write_json(self.out / "eval.json", result)
+            shutil.rmtree(self.out / "state", ignore_errors=True)
+        numbers = [f"{k} {v:.4g}" for k, v in result.items() if isinstance(v, (int, float))]
+        print0(f"{self.out}: {'  '.join(numbers)}  ({self.record['seconds']:.0f} s)")
+
+
+# ==== two collectives
 
 SENT = {"bytes": 0}  # what this rank sent through the two functions below
 
 
 def reduce_scatter(full):
-    """Sum over ranks of a buffer of N equal slices; rank r gets slice r. Sends (N-1)/N of the buffer."""
+    """Sum over N ranks of a buffer of N equal slices; rank r gets slice r. Sends (N-1)/N of it."""
     world = dist.get_world_size()
     if world == 1:
         return full
-    SENT["bytes"] += full.numel() * full.element_size() * (world - 1) // world
+    SENT["bytes"] += full.nbytes * (world - 1) // world
     if full.is_cuda:
         shard = torch.empty(full.numel() // world, dtype=full.dtype, device=full.device)
         dist.reduce_scatter_single(shard, full)
         return shard
-    # gloo's reduce_scatter is an all_reduce inside, twice the bytes: exchange the slices and add them here
+    # gloo's reduce_scatter is an all_reduce, twice the bytes: exchange the slices and add them here
     slices = torch.empty_like(full)
     dist.all_to_all_single(slices, full)
     return slices.view(world, -1).sum(0)
@@ -330,71 +375,75 @@ def reduce_scatter(full):
 def all_gather(full, shard):
     """Fills a buffer of N equal slices with every rank's shard. Sends (N-1)/N of the buffer."""
     world = dist.get_world_size()
-    SENT["bytes"] += full.numel() * full.element_size() * (world - 1) // world
+    SENT["bytes"] += full.nbytes * (world - 1) // world
     if world > 1:
         dist.all_gather_single(full, shard)
     elif full.data_ptr() != shard.data_ptr():
         full.copy_(shard)
 
 
-# ======================================================================================== sharding
+# ==== sharding
 
 
 class Unit:
-    """Parameters that travel together (one block, or one other layer), as views of one flat buffer.
+    """Parameters that travel together (a block, or another layer), as views of one flat buffer.
 
-    The buffer is padded to a multiple of the world size, so all shards are equal. Weights that decay stand first:
-    then weight decay is a prefix of the shard, and no mask is kept. `shard` is this rank's slice [lo, hi).
+    The buffer is padded to a multiple of the world size, so all shards are equal. Weights that
+    decay stand first: then weight decay is a prefix of the shard, and no mask is kept. `shard` is
+    this rank's slice [lo, hi).
     """
 
     def __init__(self, name, parameters, stage, dtype, device):
         rank, world = dist.get_rank(), dist.get_world_size()
-        order = sorted(parameters, key=lambda p: p.dim() < 2)
-        self.name, self.stage, self.parameters = name, stage, order
-        self.offsets, self.numel = {}, 0
-        for p in order:
-            self.offsets[p] = self.numel
-            self.numel += p.numel()
-        self.trainable = order[0].requires_grad
-        self.decayed = sum(p.numel() for p in order if p.dim() >= 2)
+        self.name, self.stage = name, stage
+        self.parameters = sorted(parameters, key=lambda p: p.dim() < 2)
+        self.trainable = parameters[0].requires_grad
+        self.decayed = sum(p.numel() for p in parameters if p.dim() >= 2)
+        self.numel = sum(p.numel() for p in parameters)
         padded = -(-self.numel // world) * world
-        self.lo, self.hi = (0, padded) if stage == 0 else (rank * padded // world, (rank + 1) * padded // world)
-        exact = torch.zeros(padded, dtype=order[0].dtype, device=device)
-        for p, start in self.offsets.items():
-            exact[start : start + p.numel()] = p.data.flatten().to(device)
+        first, parts = (0, 1) if stage == 0 else (rank, world)
+        self.lo, self.hi = first * padded // parts, (first + 1) * padded // parts
+        exact = torch.zeros(padded, dtype=parameters[0].dtype, device=device)
+        self.flat = torch.empty(padded, dtype=dtype, device=device)
+        self.places, self.views, start = {}, {}, 0  # of each parameter in the buffer
+        for p in self.parameters:
+            self.places[p] = slice(start, start + p.numel())
+            self.views[p] = self.flat[self.places[p]].view(p.shape)
+            exact[self.places[p]] = p.data.flatten()
+            p.data = self.views[p]
+            start += p.numel()
         dist.broadcast(exact, 0)  # ranks may have started from different weights
-        self.flat = exact.to(dtype, copy=True)
-        self.views = {p: self.flat[s : s + p.numel()].view(p.shape) for p, s in self.offsets.items()}
-        for p, view in self.views.items():
-            p.data = view
-        # Stage 3 keeps the shard and frees the buffer; before that the shard is a slice of the buffer.
-        self.shard = self.flat[self.lo : self.hi].clone() if stage == 3 else self.flat[self.lo : self.hi]
+        self.flat.copy_(exact)
+        # Stage 3 keeps a shard and frees the buffer; before, the shard is a slice of the buffer.
+        part = self.flat[self.lo : self.hi]
+        self.shard = part.clone() if stage == 3 else part
         self.absent = torch.tensor(float("nan"), dtype=dtype, device=device)
         self.present = True
         if not self.trainable:
             return
-        # 16-bit weights lose updates smaller than 1/256 of themselves: Adam works on an fp32 master copy.
-        sixteen = dtype in (torch.bfloat16, torch.float16)
-        self.master = exact[self.lo : self.hi].to(torch.float32, copy=True) if sixteen else self.shard
+        # 16-bit weights lose updates below 1/256 of themselves: Adam works on an fp32 master copy.
+        self.master = self.shard
+        if dtype.itemsize == 2:
+            self.master = exact[self.lo : self.hi].to(torch.float32, copy=True)
         self.exp_avg = torch.zeros_like(self.master)
         self.exp_avg_sq = torch.zeros_like(self.master)
         # The gradient at rest: whole in stages 0 and 1, this rank's slice in stages 2 and 3.
-        self.grad = torch.zeros(padded if stage < 2 else self.hi - self.lo, dtype=dtype, device=device)
+        self.grad = torch.zeros_like(self.flat if stage < 2 else self.shard)
         self.bucket, self.arrived = self.grad if stage < 2 else None, 0
 
     def gather(self):
         """Stage 3: all shards into the buffer, for as long as the layer computes."""
         if not self.present:
-            self.flat.untyped_storage().resize_(self.flat.numel() * self.flat.element_size())
+            self.flat.untyped_storage().resize_(self.flat.nbytes)
             all_gather(self.flat, self.shard)
             for p, view in self.views.items():
                 p.data = view
             self.present = True
 
     def release(self):
-        """Stage 3: frees the buffer, also under the views that autograd saved: gathering again refills them.
-        What is left has the right shape and no memory, and makes a loss NaN should anybody use it."""
-        if self.present:
+        """Stage 3: frees the buffer, also under the views that autograd saved: gathering refills
+        them. What is left has the right shape and no memory, and makes a loss that uses it NaN."""
+        if self.present and self.stage == 3:
             for p in self.parameters:
                 p.data = self.absent.expand(p.shape)
             self.flat.untyped_storage().resize_(0)
@@ -402,20 +451,20 @@ class Unit:
 
 
 def named_units(module, path="", whole=False):
-    """(path, [parameters]) of each unit: every element of a ModuleList whole, every other layer by itself."""
+    """(module, path, [parameters]) of each unit: every element of a ModuleList whole, every other
+    layer by itself."""
     own = list(module.parameters(recurse=whole))
     if own:
         yield module, path, own
     if not whole:
         for name, child in module.named_children():
-            yield from named_units(child, f"{path}.{name}".lstrip("."), isinstance(module, nn.ModuleList))
+            within = isinstance(module, nn.ModuleList)
+            yield from named_units(child, f"{path}.{name}".lstrip("."), within)
 
 
 class Sharded:
-    """A model whose parameters live in flat units; in stage 3 each unit is gathered only while its layer computes.
-
-    A frozen model (PPO's reference, reward model) is wrapped up by this alone: it has no gradients and no optimizer.
-    """
+    """A model whose parameters live in flat units, in stage 3 gathered while their layer computes.
+    By itself it serves frozen models (PPO's reference and reward model): no gradients, no Adam."""
 
     def __init__(self, model, stage=0, dtype=None, device=None):
         first = next(model.parameters())
@@ -423,54 +472,56 @@ class Sharded:
         self.dtype, self.device = dtype or first.dtype, device or first.device
         self.units, self.owner, self.holding = [], {}, 0
         for module, path, parameters in list(named_units(model)):
-            for trainable in (True, False):
-                new = [p for p in parameters if p not in self.owner and p.requires_grad == trainable]
-                if new:  # a tied weight belongs to the layer that names it first
-                    unit = Unit(path + ("" if trainable else " (frozen)"), new, stage, self.dtype, self.device)
+            for trainable, suffix in ((True, ""), (False, " (frozen)")):
+                # a tied weight belongs to the layer that names it first
+                new = [p for p in parameters
+                       if p not in self.owner and p.requires_grad == trainable]
+                if new:
+                    unit = Unit(path + suffix, new, stage, self.dtype, self.device)
+                    unit.release()
                     self.units.append(unit)
                     self.owner |= dict.fromkeys(new, unit)
             if stage == 3:
                 needed = list(dict.fromkeys(self.owner[p] for p in parameters))
                 module.register_forward_pre_hook(lambda m, args, needed=needed: self.use(needed))
-                module.register_forward_hook(lambda m, args, out, needed=needed: self.used(m, needed, out))
-        self.release()
+                module.register_forward_hook(
+                    lambda m, args, out, needed=needed: self.used(m, needed, out))
 
     def use(self, needed):
-        """Gathers the units of the layer that comes now and frees those of the layer before, one layer at a time."""
-        if self.stage == 3 and not self.holding:
-            for unit in self.units:
-                if unit.present and unit not in needed:
-                    unit.release()
+        """Frees the layer before and gathers the units of the one that comes: one at a time."""
+        self.release(needed)
         for unit in needed:
             unit.gather()
 
     def used(self, module, needed, output):
-        """After a layer's forward: free it now, or, if backward will come, when the next layer is gathered."""
+        """After a layer's forward: freed now, or with the next layer if backward will come."""
         if not output.requires_grad:
             self.release()
         elif not isinstance(module, nn.Embedding):  # its backward needs no weight
             output.register_hook(lambda grad: self.use(needed))
 
-    def release(self):
-        """Frees every gathered unit (stage 3)."""
-        if self.stage == 3 and not self.holding:
+    def release(self, needed=()):
+        """Stage 3: frees every gathered unit that is not needed."""
+        if not self.holding:
             for unit in self.units:
-                unit.release()
+                if unit not in needed:
+                    unit.release()
 
     @contextmanager
     def gathered(self):
-        """All parameters at once for a while: one gather per rollout instead of one per token. Collective."""
+        """All parameters for a while: one gather per rollout, not one per token. Collective."""
         self.holding += 1
-        for unit in self.units:
-            unit.gather()
         try:
+            for unit in self.units:
+                unit.gather()
             yield
         finally:
             self.holding -= 1
             self.release()
 
     def full_parameters(self):
-        """(name, whole parameter) one by one, for saving: never more than one unit beyond this rank's share."""
+        """(name, whole parameter) one by one, for saving: one unit beyond this rank's share is
+        the most it holds. Collective: every rank has to walk through it."""
         for name, p in self.model.named_parameters():
             self.use([self.owner[p]])
             yield name, p.data.clone()  # a copy outlives the buffer (and numpy would pin it)
@@ -478,25 +529,24 @@ class Sharded:
 
     def live_bytes(self) -> dict[str, int]:
         """Bytes of this rank's live tensors by kind, counted on the storages themselves."""
-        kinds = {"parameters": [u.flat for u in self.units] + [u.shard for u in self.units]}
         trained = [u for u in self.units if u.trainable]
-        kinds["gradients"] = [u.grad for u in trained] + [u.bucket for u in trained if u.bucket is not None]
-        seen = {t.untyped_storage().data_ptr() for t in kinds["parameters"]}
-        states = [t for u in trained for t in (u.master, u.exp_avg, u.exp_avg_sq)]
-        kinds["optimizer"] = [t for t in states if t.untyped_storage().data_ptr() not in seen]
-        count = {}
-        for kind, tensors in kinds.items():
-            storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
-            count[kind] = sum(storages.values())
+        kinds = {"parameters": [t for u in self.units for t in (u.flat, u.shard)],
+                 "gradients": [t for u in trained for t in (u.grad, u.bucket) if t is not None],
+                 "optimizer": [t for u in trained for t in (u.master, u.exp_avg, u.exp_avg_sq)]}
+        count, seen = {}, set()
+        for kind, tensors in kinds.items():  # an fp32 master is the shard, and counted there
+            storages = {t.untyped_storage().data_ptr(): t.untyped_storage() for t in tensors}
+            count[kind] = sum(s.nbytes() for place, s in storages.items() if place not in seen)
+            seen |= set(storages)
         return count
 
 
-# ======================================================================================== the optimizer
+# ==== the optimizer
 
 
 def adamw_(weight, grad, exp_avg, exp_avg_sq, t, lr, beta1, beta2, eps, weight_decay, decayed):
-    """One AdamW update in place on flat tensors (Loshchilov & Hutter 2019, algorithm 2); the first `decayed`
-    elements shrink by lr · weight_decay, apart from the gradient (that is the W)."""
+    """One AdamW update in place on flat tensors (Loshchilov & Hutter 2019, algorithm 2); the first
+    `decayed` elements shrink by lr · weight_decay, apart from the gradient (that is the W)."""
     weight[:decayed].mul_(1 - lr * weight_decay)
     exp_avg.lerp_(grad, 1 - beta1)
     exp_avg_sq.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
@@ -505,8 +555,8 @@ def adamw_(weight, grad, exp_avg, exp_avg_sq, t, lr, beta1, beta2, eps, weight_d
 
 
 def lr_at(step, steps, peak, warmup=0.05, floor=0.1) -> float:
-    """Linear warmup over the first `warmup` share of the steps, then a cosine down to floor · peak, and flat after
-    (D4 5.3.1's scheduler climbs again past its end)."""
+    """Linear warmup over the first `warmup` share of the steps, then a cosine down to floor · peak,
+    and flat after (D4 5.3.1's scheduler climbs again past its end)."""
     rise = max(1, round(warmup * steps))
     if step < rise:
         return peak * (step + 1) / rise
@@ -517,84 +567,84 @@ def lr_at(step, steps, peak, warmup=0.05, floor=0.1) -> float:
 class AdamW(Sharded):
     """AdamW over ZeRO stages 0-3: backward(loss) once per micro-batch, then step(lr)."""
 
-    def __init__(self, model, stage=0, dtype=None, device=None, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1,
-                 grad_clip=1.0):
+    def __init__(self, model, stage=0, dtype=None, device=None, betas=(0.9, 0.95), eps=1e-8,
+                 weight_decay=0.1, grad_clip=1.0):
         super().__init__(model, stage, dtype, device)
-        self.betas, self.eps, self.weight_decay, self.grad_clip = betas, eps, weight_decay, grad_clip
+        self.betas, self.eps = betas, eps
+        self.weight_decay, self.grad_clip = weight_decay, grad_clip
         self.trained, self.t = [u for u in self.units if u.trainable], 0
-        # fp16 gradients below 6e-8 vanish: the loss is scaled up, and the scale found by trial (D4 2.4.2)
+        # fp16 gradients below 6e-8 vanish: the loss is scaled up, by trial (D4 2.4.2)
         self.scale, self.good = (65536.0 if self.dtype == torch.float16 else 1.0), 0
         for unit in self.trained:
             for p in unit.parameters:
                 p.register_post_accumulate_grad_hook(self.on_grad)
 
     def on_grad(self, p):
-        """As soon as autograd has a parameter's gradient, it moves into its unit's flat buffer and is freed."""
+        """As soon as autograd has a gradient, it moves into its unit's flat buffer and is freed."""
         unit = self.owner[p]
         if unit.bucket is None:
-            unit.bucket = torch.zeros_like(unit.flat) if unit.present else torch.zeros(
-                unit.flat.numel(), dtype=self.dtype, device=self.device)
-        unit.bucket[unit.offsets[p] : unit.offsets[p] + p.numel()].add_(p.grad.flatten())
-        p.grad = None
-        unit.arrived += 1
+            unit.bucket = torch.zeros_like(unit.flat)
+        unit.bucket[unit.places[p]].add_(p.grad.flatten())
+        unit.arrived, p.grad = unit.arrived + 1, None
         if self.stage >= 2 and unit.arrived == len(unit.parameters):
             self.reduce(unit)
 
     def reduce(self, unit):
-        """Stages 2 and 3: the unit's gradient is complete; keep this rank's slice of the sum and free the rest."""
-        unit.grad += reduce_scatter(unit.bucket)
+        """Stages 2 and 3: keeps this rank's slice of the sum over ranks, frees the bucket."""
+        bucket = torch.zeros_like(unit.flat) if unit.bucket is None else unit.bucket
+        unit.grad += reduce_scatter(bucket)
         unit.bucket = None
 
     def backward(self, loss):
-        """Gradients of one micro-batch are added to those before. Collective in stages 2 and 3: every rank must call
-        it equally often (an empty micro-batch takes part with weight 0)."""
+        """Adds a micro-batch's gradients. Collective in stages 2 and 3: all ranks call it equally
+        often, with losses of the same parameters (an empty micro-batch has weight 0)."""
         (loss * self.scale).backward()
         for unit in self.trained:
-            if self.stage >= 2 and unit.arrived < len(unit.parameters):  # a parameter that took no part in the loss
-                unit.bucket = torch.zeros(unit.flat.numel(), dtype=self.dtype, device=self.device) \
-                    if unit.bucket is None else unit.bucket
-                self.reduce(unit)
+            if self.stage >= 2 and unit.arrived < len(unit.parameters):
+                self.reduce(unit)  # the loss left a parameter out: its gradient is zero
             unit.arrived = 0
         self.release()
 
     @torch.no_grad()
     def step(self, lr) -> float:
-        """Clips by the global norm, updates, and returns the norm before clipping (inf: an fp16 overflow, skipped)."""
-        grads = []
+        """Clips by the global norm, updates, and returns the norm before clipping (inf: an fp16
+        overflow, the step is skipped)."""
         for unit in self.trained:
             if self.stage < 2:
                 shard = reduce_scatter(unit.grad)
                 if self.stage == 0:
                     all_gather(unit.grad, shard)  # reduce-scatter + all-gather = all-reduce
-                elif shard is not unit.grad:
+                else:
                     unit.grad[unit.lo : unit.hi] = shard
-            grads.append(unit.grad[unit.lo : unit.hi] if self.stage < 2 else unit.grad)
-        # each element is counted once: over all ranks' slices, or on one rank where it holds everything
-        square = sum(torch.linalg.vector_norm(g, dtype=torch.float64).square() for g in grads)
+        grads = [u.grad[u.lo : u.hi] if self.stage < 2 else u.grad for u in self.trained]
+        # each element is counted once: over all ranks' slices, or here where everything is here
+        norms = [torch.linalg.vector_norm(grad, dtype=torch.float64) for grad in grads]
+        square = torch.stack(norms).square().sum()
         if self.stage > 0:
             dist.all_reduce(square)
         norm = square.sqrt().item() / self.scale
         if math.isfinite(norm):
             self.t += 1
             factor = min(1.0, self.grad_clip / (norm + 1e-6)) / self.scale
-            for unit, grad in zip(self.trained, grads):
-                decayed = min(max(unit.decayed - unit.lo, 0), unit.hi - unit.lo)
-                adamw_(unit.master, grad.to(unit.master.dtype) * factor, unit.exp_avg, unit.exp_avg_sq, self.t, lr,
-                       *self.betas, self.eps, self.weight_decay, decayed)
+            numbers = self.t, lr, *self.betas, self.eps, self.weight_decay
+            for u, grad in zip(self.trained, grads):
+                grad, decayed = grad.to(u.master.dtype) * factor, max(0, u.decayed - u.lo)
+                adamw_(u.master, grad, u.exp_avg, u.exp_avg_sq, *numbers, decayed)
             self.publish()
         elif self.dtype != torch.float16:
-            raise SystemExit(f"step {self.t}: the gradient is not finite; lower --lr, or look at the data of this step")
+            raise SystemExit(f"step {self.t}: the gradient is not finite; lower --lr, or look at "
+                             "the data of this step")
         self.adjust_scale(math.isfinite(norm))
         for unit in self.trained:
             unit.grad.zero_()
         return norm
 
     def publish(self):
-        """Master weights → weights of the training dtype, on every rank that computes with them."""
+        """Master weights → weights of the training dtype, wherever they are computed with."""
         for unit in self.trained:
             if unit.master is not unit.shard:
                 unit.shard.copy_(unit.master)
-            if self.stage in (1, 2):
+            if self.stage in (1, 2) or self.stage == 3 and unit.present:
                 all_gather(unit.flat, unit.shard)
 
     def adjust_scale(self, finite):
@@ -604,65 +654,64 @@ class AdamW(Sharded):
             self.scale *= 0.5 if not finite else 2.0 if self.good % 1000 == 0 else 1.0
 
     def state(self) -> dict:
-        """This rank's part of the training state: tensors and plain numbers, with the range [lo, hi) of each unit."""
-        keys = ("master", "exp_avg", "exp_avg_sq")  # cloned: torch.save writes the whole buffer under a slice
-        units = {u.name: {"lo": u.lo, "hi": min(u.hi, u.numel),
-                          **{k: getattr(u, k)[: max(0, u.numel - u.lo)].clone() for k in keys}} for u in self.trained}
-        return {"t": self.t, "scale": self.scale, "good": self.good, "units": units}
+        """This rank's part of the training state: tensors, plain numbers, each unit's [lo, hi)."""
+        units = {}
+        for u in self.trained:  # cloned: torch.save writes the whole buffer under a slice
+            units[u.name] = {"lo": u.lo, "hi": min(u.hi, u.numel), "master": u.master.clone(),
+                             "exp_avg": u.exp_avg, "exp_avg_sq": u.exp_avg_sq}
+        return {"t": self.t, "dtype": str(self.dtype), "scale": self.scale, "good": self.good,
+                "units": units}
 
     @torch.no_grad()
     def load(self, parts):
-        """parts: the states of all ranks of any world size and stage; this rank picks what it now owns."""
+        """parts: the states of all ranks, of any world size and stage; picks what is owned now."""
         for unit in self.trained:
-            for key in ("master", "exp_avg", "exp_avg_sq"):
-                getattr(unit, key).zero_()
-                for part in (p["units"][unit.name] for p in parts):
-                    lo, hi = max(unit.lo, part["lo"]), min(unit.hi, part["hi"])
-                    if lo < hi:
-                        getattr(unit, key)[lo - unit.lo : hi - unit.lo] = part[key][lo - part["lo"] : hi - part["lo"]]
-        self.t, self.scale, self.good = parts[0]["t"], parts[0]["scale"], parts[0]["good"]
+            for part in (p["units"][unit.name] for p in parts):
+                lo, hi = max(unit.lo, part["lo"]), min(unit.hi, part["hi"])
+                if lo < hi:
+                    for key in ("master", "exp_avg", "exp_avg_sq"):
+                        found = part[key][lo - part["lo"] : hi - part["lo"]]
+                        getattr(unit, key)[lo - unit.lo : hi - unit.lo] = found
+        self.t = parts[0]["t"]
+        if parts[0]["dtype"] == str(self.dtype):
+            self.scale, self.good = parts[0]["scale"], parts[0]["good"]
         self.publish()
 
 
-# ======================================================================================== the state of a run
+# ==== the state of a run
 
 
 def save_state(folder, optimizers, numbers):
-    """Writes folder/step-N/: a file per rank, then the manifest that makes them valid; keeps this and the one before.
-    A kill at any instant leaves the previous manifest whole. Collective."""
-    rank, world, step = dist.get_rank(), dist.get_world_size(), numbers["step"]
-    target = Path(folder) / f"step-{step:08d}"
+    """Writes folder/step-N/: a file per rank, then the manifest that makes them valid; keeps this
+    state and the one before. A kill at any instant leaves one of them whole. Collective."""
+    folder = Path(folder)
+    target, rank = folder / f"step-{numbers['step']:08d}", dist.get_rank()
     target.mkdir(parents=True, exist_ok=True)
-    path = target / f"rank-{rank}.pt"
-    with open(path, "wb") as file:
-        torch.save({name: optimizer.state() for name, optimizer in optimizers.items()}, file)
-        file.flush()
-        os.fsync(file.fileno())
-    hashes = [None] * world
+    path, hashes = target / f"rank-{rank}.pt", [None] * dist.get_world_size()
+    states = {name: optimizer.state() for name, optimizer in optimizers.items()}
+    write_atomically(path, lambda file: torch.save(states, file))
     dist.all_gather_object(hashes, file_hash(path))
     if rank == 0:
-        manifest = target / "manifest.json"
-        temporary = target / "manifest.tmp"
-        temporary.write_text(json.dumps(numbers | {"files": hashes}), encoding="utf-8")
-        os.replace(temporary, manifest)
-        for old in sorted(Path(folder).glob("step-*"))[:-2]:
+        write_json(target / "manifest.json", numbers | {"files": hashes})
+        # whatever stands behind this step belongs to a past that was given up
+        whole = sorted(m.parent for m in folder.glob("step-*/manifest.json") if m.parent <= target)
+        for old in set(folder.glob("step-*")) - set(whole[-2:]):
             shutil.rmtree(old)
     dist.barrier()
 
 
 def load_state(folder, optimizers) -> dict:
-    """Fills the optimizers from the newest state whose files are whole; returns its numbers ({}: nothing there)."""
+    """Fills the optimizers from the newest state whose files are whole; returns its numbers
+    ({}: nothing there)."""
     chosen = [None]
     if dist.get_rank() == 0:
-        for target in sorted(Path(folder).glob("step-*"), reverse=True):
-            manifest = target / "manifest.json"
-            if not manifest.exists():
-                continue  # the run was killed inside this save
+        for manifest in sorted(Path(folder).glob("step-*/manifest.json"), reverse=True):
             numbers = json.loads(manifest.read_text(encoding="utf-8"))
-            files = [target / f"rank-{r}.pt" for r in range(len(numbers["files"]))]
-            bad = [f for f, h in zip(files, numbers["files"]) if not f.exists() or file_hash(f) != h]
+            files = [manifest.with_name(f"rank-{r}.pt") for r in range(len(numbers["files"]))]
+            bad = [file for file, expected in zip(files, numbers["files"])
+                   if not file.exists() or file_hash(file) != expected]
             if not bad:
-                chosen = [(numbers, [str(f) for f in files])]
+                chosen = [(numbers, [str(file) for file in files])]
                 break
             print(f"{bad[0]} is damaged; going back to the state before it", flush=True)
     dist.broadcast_object_list(chosen, 0)
@@ -675,55 +724,70 @@ def load_state(folder, optimizers) -> dict:
     return numbers
 
 
-# ======================================================================================== the planner
+# ==== the planner
 
 
 def plan(parameters, world, sixteen_bit=True, micro_batches=1) -> list[dict]:
-    """Bytes per rank and bytes sent per rank and step, a row per stage (the table of the module's docstring)."""
-    weight, state, share = (2, 12, (world - 1) / world) if sixteen_bit else (4, 8, (world - 1) / world)
-    rows, sent = [], (2, 2, micro_batches + 1, 3 * micro_batches)
-    for stage in range(4):
-        held = [weight, weight, state]  # parameters, gradients, optimizer
-        for kind, from_stage in ((2, 1), (1, 2), (0, 3)):
-            held[kind] /= world if stage >= from_stage else 1
-        rows.append({"stage": stage, "parameters": held[0] * parameters, "gradients": held[1] * parameters,
-                     "optimizer": held[2] * parameters, "total": sum(held) * parameters,
-                     "sent": sent[stage] * share * weight * parameters})
+    """Bytes per rank, and sent per rank and step: the table of the module's docstring, in rows."""
+    weight, state = (2, 12) if sixteen_bit else (4, 8)
+    weights, states, rows = weight * parameters, state * parameters, []
+    for stage, times in enumerate((2, 2, micro_batches + 1, 3 * micro_batches)):
+        row = {"parameters": weights / world if stage >= 3 else weights,
+               "gradients": weights / world if stage >= 2 else weights,
+               "optimizer": states / world if stage >= 1 else states}
+        row["total"] = sum(row.values())
+        row["sent"] = times * weights * (world - 1) / world
+        rows.append({"stage": stage} | row)
     return rows
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("command", choices=["plan", "measure"])
-    parser.add_argument("--params", type=float, default=7.5e9, help="number of parameters (plan)")
-    parser.add_argument("--world-size", type=int, default=64, help="number of GPUs (plan)")
-    parser.add_argument("--micro-batches", type=int, default=1, help="micro-batches per optimizer step")
-    args = parser.parse_args()
-    header = f"{'stage':>5}{'parameters':>14}{'gradients':>14}{'optimizer':>14}{'total':>14}{'sent/step':>14}"
-    if args.command == "plan":
-        for name, sixteen in (("fp32: 4 + 4 + 8", False), ("16-bit weights: 2 + 2 + 4 + 4 + 4", True)):
-            print(f"{name} bytes per parameter, {args.params:.3g} parameters on {args.world_size} ranks, GB\n{header}")
-            for row in plan(args.params, args.world_size, sixteen, args.micro_batches):
-                print(f"{row['stage']:>5}" + "".join(f"{row[k] / 1e9:>14,.1f}" for k in list(row)[1:]))
-        return
+def line(title, cells, form=">15,.0f"):
+    """One line of a table."""
+    return f"{title:>5}" + "".join(format(cell, form) for cell in cells)
+
+
+HEADER = line("stage", ("parameters", "gradients", "optimizer", "total", "sent/step"), ">15")
+
+
+def measure(micro_batches):
+    """Live bytes at rest and bytes sent in a step of the tiny model, above the plan's."""
     from model import PRESETS, CausalLM, token_logprobs
 
     device, dtype = setup(RunConfig())
-    print0(f"bytes of live tensors on rank 0 at rest, measured and planned; {PRESETS['tiny']}\n{header}")
-    for stage in range(4):
-        optimizer = AdamW(CausalLM(PRESETS["tiny"]), stage, dtype, device)
+    config, world = PRESETS["tiny"], dist.get_world_size()
+    print0(f"bytes of live tensors on rank 0, measured and planned; {config}\n{HEADER}")
+    rows = plan(config.num_parameters(), world, dtype.itemsize == 2, micro_batches)
+    for stage, row in enumerate(rows):
+        optimizer = AdamW(CausalLM(config), stage, dtype, device)
         SENT["bytes"] = 0
-        for _ in range(args.micro_batches):
-            ids = torch.randint(0, 2048, (8, 129), device=device)
-            optimizer.backward(-token_logprobs(optimizer.model, ids[:, :-1], ids[:, 1:]).mean())
-        live = optimizer.live_bytes()
+        for _ in range(micro_batches):
+            ids = torch.randint(0, config.vocab_size, (8, 129), device=device)
+            logprobs = token_logprobs(optimizer.model, ids[:, :-1], ids[:, 1:])
+            optimizer.backward(-logprobs.mean() / micro_batches / world)
+        live = optimizer.live_bytes().values()
         optimizer.step(1e-3)
-        numbers = (*live.values(), sum(live.values()), SENT["bytes"])
-        print0(f"{stage:>5}" + "".join(f"{x:>14,}" for x in numbers))
-        size = PRESETS["tiny"].num_parameters()
-        row = plan(size, dist.get_world_size(), dtype != torch.float32, args.micro_batches)[stage]
-        print0(f"{'plan':>5}" + "".join(f"{row[k]:>14,.0f}" for k in list(row)[1:]))
+        print0(line(stage, [*live, sum(live), SENT["bytes"]]))
+        print0(line("plan", list(row.values())[1:]))
     dist.destroy_process_group()
+
+
+def main():
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("command", choices=["plan", "measure"])
+    parser.add_argument("--params", type=float, default=7.5e9, help="parameters (plan)")
+    parser.add_argument("--world-size", type=int, default=64, help="number of GPUs (plan)")
+    parser.add_argument("--micro-batches", type=int, default=1, help="per optimizer step")
+    args = parser.parse_args()
+    if args.command == "measure":
+        measure(args.micro_batches)
+        return
+    print(f"GB on each of {args.world_size} ranks, {args.params:.3g} parameters\n{HEADER}")
+    for name, sixteen in (("fp32: 4 + 4 + 8", False), ("16 bits: 2 + 2 + 4 + 4 + 4", True)):
+        print(f"{name} bytes per parameter")
+        for row in plan(args.params, args.world_size, sixteen, args.micro_batches):
+            stage, *numbers = row.values()
+            print(line(stage, [number / 1e9 for number in numbers], ">15,.1f"))
 
 
 if __name__ == "__main__":

@@ -29,7 +29,9 @@ def checked_step(self, lr):
 
 
 zero.AdamW.step = checked_step
-script = importlib.import_module(sys.argv.pop(1))
+name = sys.argv.pop(1)
+script = importlib.import_module(name)
+sys.argv[0] = f"{name}.py"  # run.json names the script
 command = sys.argv.pop(1) if sys.argv[1] in ("collect", "table") else "main"
 config = {"collect": "CollectConfig", "table": "TableConfig", "main": "Config"}[command]
 zero.launch(getattr(script, command), getattr(script, config))

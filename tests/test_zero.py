@@ -32,9 +32,9 @@ LR, DECAY, STEPS = 0.1, 0.3, 20
 # name: (changes of SHAPE, frozen parameters, micro-batches, clip, activation checkpointing)
 CASES = {
     "tied": ({}, "", 1, 1e9, False),
-    "accumulated, clipped": ({}, "", 2, 0.3, True),
+    "accumulated, clipped": ({}, "", 2, 0.1, False),
     "untied, biases, partly frozen": ({"tie_word_embeddings": False, "model_type": "qwen2"},
-                                      "embed_tokens layers.0.self_attn.q_proj", 1, 0.3, False),
+                                      "embed_tokens layers.0.self_attn.q_proj", 1, 0.1, False),
     "tied and frozen": ({"model_type": "qwen3"}, "embed_tokens layers.1", 1, 1e9, True),
 }
 
@@ -119,7 +119,8 @@ def train(rank, case, kind):
 
 
 @pytest.mark.parametrize("world, case, kind, tolerance", [
-    *((2, case, "fp64", 1e-12) for case in CASES), (2, "tied", "fp32", 1e-6),
+    *((2, case, "fp64", 1e-12) for case in CASES),
+    (2, "untied, biases, partly frozen", "fp32", 1e-6),
     (1, "tied", "fp64", 1e-12), (1, "accumulated, clipped", "fp64", 1e-12),
     (3, "accumulated, clipped", "fp64", 1e-12), (3, "untied, biases, partly frozen", "fp64", 1e-12),
 ])
@@ -145,6 +146,16 @@ def test_weights_decay_and_vectors_do_not(alone):
     for name, p in opt.model.named_parameters():
         shrunk = 1 - LR * DECAY if p.dim() >= 2 and p.requires_grad else 1.0
         torch.testing.assert_close(p.data, before[name] * shrunk, atol=1e-15, rtol=0)
+
+
+@pytest.mark.parametrize("stage", range(3))
+def test_a_parameter_without_a_gradient_does_not_hold_back_its_unit(alone, stage):
+    net = torch.nn.ModuleList([torch.nn.ModuleList([torch.nn.Linear(3, 1), torch.nn.Linear(3, 1)])])
+    opt = AdamW(net, stage)
+    for _ in range(2):  # 4 ones twice: a weight's and a bias's; the other layer takes no part
+        opt.backward(net[0][0](torch.ones(1, 3)).sum())
+    assert opt.step(LR) == 4.0
+    assert all(u.bucket is None or stage < 2 for u in opt.units)
 
 
 # ------------------------------------------------------------------------------- memory, traffic
@@ -290,7 +301,7 @@ def overflow(rank, stage):
 def test_an_fp16_overflow_on_one_rank_skips_the_step_on_all_and_halves_the_scale(ranks, stage):
     for seen, last, exact in ranks(2, overflow, stage):
         assert [row[1:] for row in seen] == [(512, 1, True), (256, 1, False), (256, 2, True)]
-        assert seen[0][0] == pytest.approx(exact, rel=0.02) and seen[1][0] == math.inf
+        assert seen[0][0] == pytest.approx(exact, rel=0.02) and not math.isfinite(seen[1][0])
         assert last == 512  # after 1000 good steps
 
 
@@ -339,6 +350,9 @@ def test_half_a_run_and_half_after_loading_are_a_whole_one(ranks, tmp_path, kind
         tolerance = 0 if world == 2 else 1e-12
         assert np.abs(norms - whole[0][half:]).max() <= tolerance, world
         assert np.abs(parameters - whole[1]).max() <= tolerance, world
+    if kind == "fp64":  # a rank writes its share, not the buffers it is a slice of
+        sizes = [(tmp_path / f"{n}/step-00000020/rank-0.pt").stat().st_size for n in (1, 3)]
+        assert sizes[1] < 0.45 * sizes[0]
 
 
 def test_a_damaged_state_falls_back_to_the_one_before(alone, tmp_path, capsys):
