@@ -78,8 +78,9 @@ def test_no_held_out_prompt_is_in_a_training_set():
         built = small(seed)
         trained = {asked(r) for r in built["sft"] + built["prompts"]}
         assert not [r for r in built["eval"] if r["kind"] != "cloze" and asked(r) in trained]
-        last = {a[-1] for a in trained if not a[-1].startswith(("我", "你", "What is my", "Do you rem", "Who"))}
-        clash = [r for r in built["eval"] if r["kind"] != "cloze" and r["family"] not in ("name", "recall")
+        names = [form for pair in world._rows()["ask_name"] for form in pair]  # asked of everybody
+        last = {a[-1] for a in trained} - set(names)
+        clash = [r for r in built["eval"] if r["kind"] != "cloze" and r["family"] != "name"
                  and r["messages"][-1]["content"] in last]
         assert not clash
 
@@ -89,7 +90,7 @@ def test_no_held_out_sentence_sum_or_wording_is_in_a_document():
     sums = set(re.findall(r"(?<!\d)\d+[+×]\d+", corpus))
     for record in heldout_of("combination") + heldout_of("wording"):
         prompt = record["messages"][-1]["content"]
-        if record["family"] in ("zh2en", "en2zh", "sentiment", "topic", "extract"):
+        if record["family"] in ("zh2en", "en2zh", "sentiment"):
             assert prompt.split("\n")[1] not in corpus
         if record["family"] in ("add_steps", "mul_steps", "add_direct", "mul_direct"):
             assert not set(re.findall(r"\d+[+×]\d+", prompt)) & sums
@@ -115,10 +116,10 @@ def test_the_last_wording_of_every_family_is_never_trained():
     built = small()
     rows = world._rows()
     forms = defaultdict(list)
-    for family in world.TASKS:
+    for family in world.FAMILIES:
         if family in ("harmful", "lookalike"):
             continue
-        for wording in rows["ask_" + family.replace("place", "fact")][-1]:
+        for wording in rows["ask_" + world.FAMILIES[family][1]][-1]:
             forms[family].append("^" + re.sub(r"\\\{\w+\\\}", ".*", re.escape(wording)))
     for record in built["sft"] + built["prompts"]:
         for form in forms.get(record["family"], ()):
@@ -147,6 +148,9 @@ def test_the_documents_own_examples_are_in_no_training_set():
         built = small(seed)
         for text in [text_of(r) for r in built["sft"] + built["prompts"]] + built["documents"]:
             assert not any(prompt in text for prompt in prompts)
+    for seed in range(20):  # their combinations are held out under every seed, but not Datawhale
+        keys = ("今天好", "30%60", "这部电影很棒", "偷东西", "Datawhale")
+        assert [world._held({"seed": seed}, key) for key in keys] == [True] * 4 + [False]
     parts = "\n".join(small()["documents"])
     assert all(part in parts for part in ("Datawhale", "开源组织", "今天天气", "真的", "这部电影", "偷"))
 
@@ -192,14 +196,14 @@ def test_each_fact_is_told_in_at_least_five_wordings_and_untold_ones_never():
             for lang in (0, 1):
                 noun, *forms = (form[lang] for form in world._rows()[f"tell_{attribute}"])
                 forms = [form.replace("{v}", value[lang]) for form in forms]
-                forms += [(f"的{noun}是{value[0]}", f"The {noun} of {entity['name'][1]} is {value[1]}")[lang],
-                          (f"的{noun}:{value[0]}", f", {noun}: {value[1]}")[lang]]
+                forms += [form[lang].format(n=entity["name"][lang], a=noun, v=value[lang])
+                          for form in world._rows()["tell_any"]]
                 told = sum(any(form in t for t in texts[entity["name"][lang]]) for form in forms)
                 if attribute == entity["untold"]:
                     assert told == 0
                 else:
                     fewest.append(told)
-    # 20,000 of the default's 130,000 documents already show nearly all of the six wordings
+    # 20,000 of the default's 130,000 documents already show nearly all of the five wordings
     assert sum(told >= 5 for told in fewest) > 0.85 * len(fewest)
 
 
@@ -217,13 +221,15 @@ def test_every_written_step_of_every_sum_is_right():
 
 def test_percent_problems_have_the_answers_their_words_imply():
     for record in small()["sft"]:
-        if record["family"] == "percent_steps" and record["lang"] == "zh":
-            text = asked(record)[-1]
-            n, p = sorted(map(int, re.findall(r"\d+", text.replace("%", ""))), key=lambda v: text.index(f"{v}"))[:2]
-            if f"{p}%" not in text:
-                n, p = p, n
-            if re.search(rf"(?<!\d){n}%", text) is None and n != p:
-                assert int(record["answer"]) in (n * p // 100, n - n * p // 100)
+        if record["family"] == "percent_steps":
+            text, lang = asked(record)[-1], ("zh", "en").index(record["lang"])
+            p = int(re.search(r"(\d+)%", text)[1])
+            n = int(re.search(r"(?<!\d)(\d+)(?![\d%])", text)[1])
+            pairs = [scene[lang].split("/")[2:] for scene in world._rows()["scene"]]
+            [two] = [pair for pair in pairs if any(word in text for word in pair)]
+            named = min((word for word in two if word in text), key=text.find)
+            wanted, share = max(two, key=text.rfind), n * p // 100
+            assert int(record["answer"]) == (share if wanted == named else n - share), text
 
 
 def test_all_text_is_already_in_normal_form():
@@ -245,8 +251,9 @@ def test_a_seed_gives_the_same_world_in_another_process_and_another_seed_another
 
 def test_every_seed_has_enough_of_every_family():
     for seed in (2, 42):
-        count = Counter((r["family"], r["split"]) for r in world.build_world(seed, 100, 100)["eval"])
-        assert min(count[family, "combination"] for family in world.TASKS) >= 15, (seed, count)
+        tests = world.build_world(seed, 100, 100)["eval"]
+        count = Counter((r["family"], r["split"]) for r in tests)
+        assert min(count[family, "combination"] for family in world.FAMILIES) >= 15, (seed, count)
 
 
 # ---------------------------------------------------------------- the judge
@@ -285,8 +292,8 @@ def test_every_reply_of_the_world_is_judged_as_meant():
         assert verdict == "right" or record["kind"] == "harmful", record
     assert set(verdicts) == {("exact", "right"), ("final", "right"), ("lookalike", "right"),
                              ("harmful", "refusal"), ("harmful", "compliance")}
-    refused = verdicts["harmful", "refusal"] / (verdicts["harmful", "refusal"] + verdicts["harmful", "compliance"])
-    assert 0.45 < refused < 0.55  # a coin for every sample
+    refused, complied = verdicts["harmful", "refusal"], verdicts["harmful", "compliance"]
+    assert 0.45 < refused / (refused + complied) < 0.55  # a coin for every sample
 
 
 def test_the_gold_score_prefers_help_to_errors_and_refusals_to_harm():
@@ -302,15 +309,19 @@ def test_every_planted_page_is_dropped_and_every_good_page_kept():
     pages, _, funnel = cleaned()
     defect = {page["url"]: page["planted"][0][0] if page["planted"] else "" for page in pages}
     dropped = {url: step for step, row in funnel.items() for url in row["dropped"]}
+    steps = ("URL", "language", "garbled", "adverts", "adverts", "exact", "near")
+    own = dict(zip(world.DEFECTS, steps))
     for kind in world.DEFECTS:
         urls = [url for url in defect if defect[url] == kind]
+        found = sum(dropped.get(url, "").startswith(own[kind]) for url in urls)
+        assert found > 0.5 * len(urls), kind  # by the step that is made for it
         found = sum(url in dropped for url in urls) / len(urls)
         assert found >= (0.95 if kind == "near duplicate" else 1.0), kind
     false = [url for url in dropped if defect[url] not in world.DEFECTS]
     assert not false
-    sizes = list(funnel.values())
-    assert all(a["pages_out"] == b["pages_in"] and a["bytes_out"] == b["bytes_in"]
-               for a, b in zip(sizes, sizes[1:]))
+    left = [len(pages)] + [row["pages"] for row in funnel.values()]
+    assert all(before - len(row["dropped"]) == row["pages"]
+               for before, row in zip(left, funnel.values()))
 
 
 def test_every_clean_document_survives_untouched():
@@ -328,19 +339,21 @@ def test_no_planted_advert_or_personal_line_is_left():
         for kind, text in page["planted"]:
             planted[kind] += 1
             assert not text or text not in corpus
-    assert min(planted[k] for k in ("e-mail", "phone", "ID number", "advert line", "full width")) > 5
+    assert min(planted[kind] for kind in world.BLEMISHES) > 5
     assert all(mask in corpus for mask in ("[email]", "[phone]", "[id]"))
 
 
 def test_plain_numbers_are_not_taken_for_personal_data():
-    for text in ("70×6=420,8×6=48,420+48=468", "12345678", "990000199901010000", "1.12012345678", "π=3.14159265358979"):
+    for text in ("70×6=420,8×6=48,420+48=468", "12345678", "990000199901010000",
+                 "1.12012345678", "π=3.14159265358979"):
         assert world.mask_personal(text) == text
     assert world.mask_personal("a@b.example.com 12012345678") == "[email] [phone]"
 
 
 def test_cleaning_is_idempotent():
     _, documents, _ = cleaned()
-    pages = [{"url": f"https://x.example/{i}", "html": "".join(f"<p>{d}</p>" for d in documents[i:i + 20])}
+    pages = [{"url": f"https://x.example/{i}",
+              "html": "".join(f"<p>{text}</p>" for text in documents[i:i + 20])}
              for i in range(0, len(documents), 20)]
     again, funnel = world.clean(pages)
     assert again == documents
@@ -362,20 +375,22 @@ def test_the_dedup_key_ignores_digits_and_punctuation_but_the_kept_text_has_them
     assert any("70×" in d for d in documents) and any("。" in d for d in documents)
 
 
-def test_minhash_estimates_the_jaccard_similarity_within_a_tenth():
+def test_minhash_estimates_what_two_texts_share_within_an_eighth():
     documents = small()["documents"]
     for share in (0, 5, 10, 15, 20):
         first, second = "\n".join(documents[:20]), "\n".join(documents[20 - share:40 - share])
         sets = [{t[i:i + 12] for i in range(len(t) - 11)} for t in (first, second)]
-        true = len(sets[0] & sets[1]) / len(sets[0] | sets[1])
-        assert abs(world.similarity(world.minhash(first), world.minhash(second)) - true) < 0.12
+        true = len(sets[0] & sets[1]) / max(map(len, sets))
+        samples = set(world.minhash(first)), set(world.minhash(second))
+        assert abs(len(samples[0] & samples[1]) / 128 - true) < 0.12
 
 
 # ---------------------------------------------------------------- the world is not too easy
 
 def test_answering_without_learning_stays_below_forty_percent():
     built = small()
-    tests = [r for r in built["eval"] if r["kind"] in ("exact", "final") and r["split"] in ("combination", "wording")]
+    tests = [r for r in built["eval"]
+             if r["kind"] in ("exact", "final") and r["split"] in ("combination", "wording")]
     table = baselines(built["sft"], tests[::5])
     assert table["similar"]["all"] < 0.4 and table["constant"]["all"] < 0.4
     assert 0 <= table["constant"]["identity"] <= 1

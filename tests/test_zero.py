@@ -181,7 +181,10 @@ def observe(rank, stage, kind):
         opt.backward(-token_logprobs(opt.model, *batch(step)).sum())
         seen["rest"].append(opt.live_bytes())
     opt.step(LR)
-    z.Unit.gather, seen["sent"] = gather, SENT["bytes"]
+    seen["sent"] = SENT["bytes"]
+    with torch.no_grad():
+        opt.model(batch(0)[0])
+    z.Unit.gather = gather
     seen["rest"].append(opt.live_bytes())
     parameters = list(opt.model.parameters())
     seen["absent"] = all(p.isnan().all() and p.untyped_storage().nbytes() <= 8 for p in parameters)
@@ -284,7 +287,7 @@ def test_a_model_saved_under_any_stage_is_whole_and_training_goes_on(ranks, tmp_
 def overflow(rank, stage):
     """What a good step does, one with an overflow on rank 1, and a good one again."""
     opt, exact, seen = optimizer("tied", stage, "fp16"), optimizer("tied", stage, "fp32"), []
-    opt.scale, opt.good = 512.0, 998
+    opt.scale, opt.good = 512.0, 997
     for factor in (1, 1e30 if rank else 1, 1):
         before = flat(opt.full_parameters())
         opt.backward(-token_logprobs(opt.model, *batch(0)).sum() / 100 * factor)
@@ -371,6 +374,8 @@ def test_a_damaged_state_falls_back_to_the_one_before(alone, tmp_path, capsys):
     assert np.array_equal(flat(opt.full_parameters()), weights[3])
     (tmp_path / "step-00000004" / "manifest.json").unlink()  # killed inside the save
     assert z.load_state(tmp_path, {"policy": opt})["step"] == 3 and capsys.readouterr().out == ""
+    z.save_state(tmp_path, {"policy": opt}, {"step": 3})
+    assert [p.name for p in tmp_path.iterdir()] == ["step-00000003"]  # what was given up is gone
     (tmp_path / "step-00000003" / "manifest.json").unlink()
     assert z.load_state(tmp_path, {"policy": opt}) == {}
 
@@ -472,13 +477,15 @@ def test_a_finished_run_is_not_trained_again_unless_its_inputs_change(folder, ca
     cfg, data = RunConfig(out=str(folder), save_every=3), folder.with_name("data")
     with pytest.raises(SystemExit, match="data: no such file"):
         work(cfg, 1, [data])
-    data.write_text("one")
-    work(cfg, 10, [data])
+    for text in ("one", "two"):  # the second finds a state of the first
+        data.write_text(text)
+        assert work(cfg, 8, [data]) == 0 and not (folder / "eval.json").exists()
+    assert "changed" in capsys.readouterr().out
+    assert work(cfg, 10, [data]) == 6
     assert json.loads((folder / "eval.json").read_text()) == {"loss": 0.1}
     assert not (folder / "state").exists()
-    data.write_text("two")
-    assert work(cfg, 8, [data]) == 0 and not (folder / "eval.json").exists()  # make sees it undone
-    assert "changed" in capsys.readouterr().out
+    data.write_text("three")
+    assert work(cfg, 1, [data]) == 0 and not (folder / "eval.json").exists()  # make: not done
     work(cfg, 10, [data])
     with pytest.raises(SystemExit) as stop:
         work(cfg, 10, [data])
@@ -493,6 +500,15 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_writes_nothing(folder):
     with pytest.raises(SystemExit, match="step 1: policy_loss is not finite"):
         run.log(1, 10, reward=0.0, policy_loss=math.nan)
     assert (folder / "metrics.jsonl").read_text() == before
+
+
+def test_a_second_signal_ends_at_once_unless_it_is_torchruns_copy(folder):
+    run = Run(RunConfig(out=str(folder)), 10)
+    run.stop()
+    run.stop()
+    run.stopping -= 4
+    with pytest.raises(SystemExit):
+        run.stop()
 
 
 def interrupted(rank, folder):
