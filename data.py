@@ -25,6 +25,9 @@ from itertools import groupby
 from pathlib import Path
 from random import Random
 
+# before torch is loaded; why: zero.py
+os.environ.setdefault("GOMP_SPINCOUNT", "2000")
+
 import numpy as np
 import regex
 import tiktoken
@@ -1088,6 +1091,15 @@ def transcript(side, where: str) -> list[dict]:
     if not messages or messages[-1]["role"] != "assistant":
         raise SystemExit(f"{where}: chosen and rejected must end with the assistant's reply")
     return messages
+
+
+def read_prompts(paths: str) -> list[dict]:
+    """The same without a reply at the end: what a model is asked."""
+    records = read_conversations(paths)
+    for record in records:
+        while record["messages"] and record["messages"][-1]["role"] == "assistant":
+            record["messages"] = record["messages"][:-1]
+    return [record for record in records if record["messages"]]
 
 
 def read_comparisons(paths: str) -> list[dict]:

@@ -19,6 +19,9 @@ import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+# before torch is loaded; why: zero.py
+os.environ.setdefault("GOMP_SPINCOUNT", "2000")
+
 import numpy as np
 import torch
 import torch.nn as nn

@@ -24,7 +24,7 @@ import torch
 import torch.distributed as dist
 
 from data import Tokenizer, collate, epoch_rows, gold_score, micro_batches, pad_rows
-from data import read_conversations, render
+from data import read_prompts, render
 from model import ScalarModel, generate, load_model, save_model, token_logprobs
 from zero import AdamW, Run, RunConfig, Sharded, all_sum, everywhere, keyed_seed, launch, lr_at
 from zero import print0, setup
@@ -227,13 +227,10 @@ def summary(rollouts) -> dict:
 
 # ================================================================================ the script
 
-def read_prompts(cfg, tokenizer, limit) -> tuple[list[list[int]], list[dict]]:
+def open_prompts(cfg, tokenizer, limit) -> tuple[list[list[int]], list[dict]]:
     """Queries as ids, and their records; those that leave no room for a reply are dropped."""
-    records = read_conversations(cfg.prompts)
-    for r in records:
-        while r["messages"] and r["messages"][-1]["role"] == "assistant":
-            r["messages"] = r["messages"][:-1]
-    rendered = [(render(r["messages"], tokenizer)[0], r) for r in records if r["messages"]]
+    records = read_prompts(cfg.prompts)
+    rendered = [(render(r["messages"], tokenizer)[0], r) for r in records]
     kept = [(ids, r) for ids, r in rendered if len(ids) + cfg.max_new_tokens + 1 <= limit]
     room = f"the context of {limit} with --max-new-tokens {cfg.max_new_tokens}"
     if len(kept) < len(records):
@@ -275,7 +272,7 @@ def main(cfg):
         what = "trained" if m in (policy, value) else "frozen"
         print0(f"{name:<10} {size:>12,} parameters, {what:<8} {here:>14,} bytes here")
     limit = min(m.model.config.max_position_embeddings for m in models.values())
-    queries, records = read_prompts(cfg, tokenizer, limit)
+    queries, records = open_prompts(cfg, tokenizer, limit)
     held = min(256, int(len(queries) * cfg.val_fraction), len(queries) - 1)
     training = queries[: len(queries) - held]
     path = Path(cfg.reward) / "eval.json"

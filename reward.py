@@ -23,7 +23,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 
 from data import Tokenizer, collate, epoch_rows, fit, gold_score, judge, micro_batches, pad_rows
-from data import read_comparisons, read_conversations, read_json, read_texts, render
+from data import read_comparisons, read_prompts, read_json, read_texts, render
 from data import write_jsonl, write_text
 from model import ScalarModel, generate, load_model, save_model, token_logprobs
 from zero import AdamW, BaseConfig, Run, RunConfig, Sharded, all_sum, everywhere, keyed_seed, launch
@@ -49,7 +49,7 @@ def collect(cfg):
     device, dtype = setup(cfg)
     tokenizer, model = Tokenizer.load(cfg.init), load_model(cfg.init)
     sharded = Sharded(model, cfg.zero, dtype, device)
-    records = [r for r in read_conversations(cfg.prompts) if "answer" in r][: cfg.limit or None]
+    records = [r for r in read_prompts(cfg.prompts) if "answer" in r][: cfg.limit or None]
     if not records:
         raise SystemExit(f'{cfg.prompts}: no record has an "answer"; bring your own comparisons')
     end = tokenizer.ids["<|end|>"]
