@@ -530,7 +530,7 @@ def read_safetensors(path) -> dict[str, torch.Tensor]:
                 data = torch.from_numpy(raw[start:end]).view(SAFETENSORS_DTYPES[entry["dtype"]])
                 tensors[name] = data.view(entry["shape"])
         return tensors
-    except (ValueError, KeyError, RuntimeError) as error:
+    except (ValueError, KeyError, RuntimeError, AttributeError, TypeError) as error:
         raise SystemExit(f"{path}: not a complete safetensors file of floats ({error}); copy or "
                          "train it again")
 
@@ -588,7 +588,7 @@ def load_model(folder, kind=CausalLM, device="cpu", dtype=torch.float32):
     folder (the reward model from SFT) drops its head and keeps its own zero head; any other
     missing, misshapen or surplus weight ends with one line that names it."""
     folder = Path(folder)
-    model = kind(load_config(folder))
+    model = kind(load_config(folder)).to(dtype)
     files = sorted(folder.glob("model*.safetensors"))  # large models come in several
     if not files:
         raise SystemExit(f"{folder}: holds no model.safetensors; was its training finished?")
@@ -605,7 +605,7 @@ def load_model(folder, kind=CausalLM, device="cpu", dtype=torch.float32):
     for name in weights.keys() - parameters.keys():  # such as biases: without them it is not it
         if name != "lm_head.weight" and not name.endswith("rotary_emb.inv_freq"):
             raise SystemExit(f"{folder}: has {name}, which a {kind.__name__} of ours does not")
-    return model.to(device=device, dtype=dtype)
+    return model.to(device)
 
 
 def main():

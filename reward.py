@@ -229,6 +229,7 @@ def table(cfg):
     device, dtype = setup(cfg)
     counts, records = Counter(), []
     for _, record in read_json(cfg.data):
+        record = {"family": "", "kind": "exact"} | record
         group = (record["family"], record.get("split"))
         counts[group] += 1
         if not cfg.limit or counts[group] <= cfg.limit:

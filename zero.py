@@ -83,7 +83,7 @@ class RunConfig(BaseConfig):
 
 
 # These may change between a run and its resumption: speed and memory, not what is trained.
-FREE = {"fresh", "micro_tokens", "zero", "device", "dtype", "threads", "checkpointing",
+FREE = {"out", "fresh", "micro_tokens", "zero", "device", "dtype", "threads", "checkpointing",
         "save_every", "log_every"}
 DTYPES = {"fp64": torch.float64, "fp32": torch.float32, "bf16": torch.bfloat16,
           "fp16": torch.float16}
@@ -138,7 +138,7 @@ def setup(cfg) -> tuple[torch.device, torch.dtype]:
         torch.use_deterministic_algorithms(True)
     libc = ctypes.CDLL(None) if sys.platform == "linux" else None
     if hasattr(libc, "mallopt"):  # glibc, which gives large freed blocks back to the kernel: they
-        libc.mallopt(-3, 1 << 30)  # M_MMAP_THRESHOLD   # fault in anew at every step, 3-11 % of it
+        libc.mallopt(-3, 1 << 30)  # M_MMAP_THRESHOLD   # fault in anew at every step, 3-4 % of it
         libc.mallopt(-1, 1 << 30)  # M_TRIM_THRESHOLD
     cores = cpu_cores()
     torch.set_num_threads(cfg.threads or max(1, cores // ranks))  # torchrun's own default is 1
@@ -298,6 +298,8 @@ class Run:
             whole = [line for line in old.splitlines() if line.endswith("}")]  # not cut by a kill
             kept = [line + "\n" for line in whole if json.loads(line)["step"] < self.first]
             write_atomically(self.path, lambda file: file.write("".join(kept).encode()))
+        trained = next(iter(optimizers.values()))
+        self.record |= {"device": str(trained.device), "dtype": str(trained.dtype)}
         if self.first:
             print0(f"resumed at step {self.first} of {self.steps}")
         for number in (signal.SIGINT, signal.SIGTERM):  # until now a signal ended the process
@@ -610,8 +612,8 @@ class AdamW(Sharded):
 
     @torch.no_grad()
     def step(self, lr) -> float:
-        """Clips by the global norm, updates, and returns the norm before clipping (inf: an fp16
-        overflow, the step is skipped)."""
+        """Clips by the global norm, updates, and returns the norm before clipping (inf or nan:
+        an fp16 overflow, the step is skipped)."""
         for unit in self.trained:
             if self.stage < 2:
                 shard = reduce_scatter(unit.grad)
