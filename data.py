@@ -1017,7 +1017,8 @@ def read_json(paths: str):
 
 
 def read_texts(paths: str) -> list[str]:
-    """Documents of comma-separated files: "text" of .json and .jsonl; else a file is one."""
+    """Documents of comma-separated files: each record of a .json or .jsonl, its "text" or, if it is
+    a conversation, its turns line by line; any other file is one document."""
     texts = []
     for path in paths.split(","):
         if not path.endswith((".json", ".jsonl")):
@@ -1025,15 +1026,15 @@ def read_texts(paths: str) -> list[str]:
             continue
         for where, record in read_json(path):
             if not isinstance(record.get("text"), str):
-                raise SystemExit(f'{where}: expected an object with a "text" field')
+                record = {"text": "\n".join(m["content"] for m in as_messages(record, where))}
             texts.append(record["text"])
     return texts
 
 
 ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant",
          "system": "system"}
-KNOWN = ('"messages" (OpenAI), "conversations" (ShareGPT), "instruction"/"output" (Alpaca), '
-         '"question"/"answer", "prompt"/"response"')
+KNOWN = ('"text" (pretraining), "messages" (OpenAI), "conversations" (ShareGPT), '
+         '"instruction"/"output" (Alpaca), "question"/"answer", "prompt"/"response"')
 
 
 def as_message(turn, where: str) -> dict:

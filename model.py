@@ -13,6 +13,7 @@ point: position t reads positions <= t only, which makes next-token prediction a
 因果语言模型).
 """
 
+import argparse
 import json
 import math
 import os
@@ -608,9 +609,8 @@ def load_model(folder, kind=CausalLM, device="cpu", dtype=torch.float32):
     return model.to(device)
 
 
-def main():
-    import argparse
-
+def main(chat):
+    """The command line; chat is data.py's, since nothing above this block imports another file."""
     parser = argparse.ArgumentParser(description="Chat with a checkpoint, or list the presets.")
     add = parser.add_argument
     add("folder", nargs="?", help="folder of a checkpoint, such as out/sft; none: the presets")
@@ -629,8 +629,6 @@ def main():
             estimate = 12 * config.num_hidden_layers * config.hidden_size**2
             print(f"{name:<12}{config.num_parameters():>18,}{estimate:>18,}")
         return
-    from data import chat
-
     model = load_model(args.folder)
 
     def stream(ids, end_id, seed):
@@ -643,4 +641,6 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    from data import chat
+
+    main(chat)

@@ -754,20 +754,18 @@ def line(title, cells, form=">15,.0f"):
 HEADER = line("stage", ("parameters", "gradients", "optimizer", "total", "sent/step"), ">15")
 
 
-def measure(micro_batches):
-    """Live bytes at rest and bytes sent in a step of the tiny model, above the plan's."""
-    from model import PRESETS, CausalLM, token_logprobs
-
+def measure(model, micro_batches):
+    """Live bytes at rest and bytes sent in a step of model.py's tiny model, above the plan's."""
     device, dtype = setup(RunConfig())
-    config, world = PRESETS["tiny"], dist.get_world_size()
+    config, world = model.PRESETS["tiny"], dist.get_world_size()
     print0(f"bytes of live tensors on rank 0, measured and planned; {config}\n{HEADER}")
     rows = plan(config.num_parameters(), world, dtype.itemsize == 2, micro_batches)
     for stage, row in enumerate(rows):
-        optimizer = AdamW(CausalLM(config), stage, dtype, device)
+        optimizer = AdamW(model.CausalLM(config), stage, dtype, device)
         SENT["bytes"] = 0
         for _ in range(micro_batches):
             ids = torch.randint(0, config.vocab_size, (8, 129), device=device)
-            logprobs = token_logprobs(optimizer.model, ids[:, :-1], ids[:, 1:])
+            logprobs = model.token_logprobs(optimizer.model, ids[:, :-1], ids[:, 1:])
             optimizer.backward(-logprobs.mean() / micro_batches / world)
         live = optimizer.live_bytes().values()
         optimizer.step(1e-3)
@@ -776,7 +774,7 @@ def measure(micro_batches):
     dist.destroy_process_group()
 
 
-def main():
+def main(model):
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("command", choices=["plan", "measure"])
@@ -785,7 +783,7 @@ def main():
     parser.add_argument("--micro-batches", type=int, default=1, help="per optimizer step")
     args = parser.parse_args()
     if args.command == "measure":
-        measure(args.micro_batches)
+        measure(model, args.micro_batches)
         return
     print(f"GB on each of {args.world_size} ranks, {args.params:.3g} parameters\n{HEADER}")
     for name, sixteen in (("fp32: 4 + 4 + 8", False), ("16 bits: 2 + 2 + 4 + 4 + 4", True)):
@@ -796,4 +794,6 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    import model
+
+    main(model)
