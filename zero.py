@@ -249,7 +249,9 @@ class Run:
             if not Path(path).is_file():
                 raise SystemExit(f"{path}: no such file")
         hashes, fresh = {str(p): file_hash(p) for p in inputs}, cfg.fresh
-        if (self.out / "run.json").exists() and not fresh:
+        metrics = self.out / "metrics.jsonl"
+        trained = metrics.exists() and metrics.stat().st_size > 0  # else there is nothing to lose
+        if (self.out / "run.json").exists() and trained and not fresh:
             old = json.loads((self.out / "run.json").read_text(encoding="utf-8"))
             before, now = old["config"], asdict(cfg)
             differing = [k for k in now if k not in FREE and before.get(k) != now[k]]

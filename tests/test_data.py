@@ -315,6 +315,7 @@ def test_documents_are_read_from_text_and_json_files(tmp_path):
     texts = read_texts(",".join(write(tmp_path / name, text) for name, text in files))
     assert texts[:3] == ["one\ntwo", "three", "\u2028"] and texts[4] == "🎉"
     "".join(texts).encode()  # half an emoji cannot be written: it must not come in
+    assert read_texts(write(tmp_path / "d.jsonl", GOOD)) == ["a\nb"]  # a conversation is text too
 
 
 GOOD = '{"question": "a", "answer": "b"}\n'

@@ -475,6 +475,14 @@ def test_the_same_config_resumes_and_cuts_the_metrics_back(folder):
     assert work(replace(cfg, lr=0.5, fresh=True), 2) == 0 and logged(cfg) == [0, 1]
 
 
+def test_a_run_that_never_took_a_step_binds_nobody_to_its_config(folder):
+    cfg = RunConfig(out=str(folder))
+    Run(cfg, 10)
+    assert work(replace(cfg, lr=0.5), 2) == 0
+    with pytest.raises(SystemExit, match="--fresh"):
+        Run(cfg, 10)
+
+
 def test_a_finished_run_is_not_trained_again_unless_its_inputs_change(folder, capsys):
     cfg, data = RunConfig(out=str(folder), save_every=3), folder.with_name("data")
     with pytest.raises(SystemExit, match="data: no such file"):
