@@ -11,6 +11,7 @@ Expect: the first loss is ln V + ½·C·σ², printed beside the measured one; t
 a hundred steps, then slowly. It is per token and depends on the tokenizer: compare bits per byte.
 """
 
+import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +23,7 @@ from data import SPECIALS, Tokenizer, Tokens, collate, micro_batches, read_texts
 from model import CausalLM, ModelConfig, expected_first_loss, generate, load_model, save_model
 from model import token_logprobs
 from zero import AdamW, Run, RunConfig, all_sum, launch, lr_at, prepared, print0, setup
+from zero import write_json
 
 
 @dataclass
@@ -46,20 +48,24 @@ class Config(RunConfig):
     lr: float = 3e-3  # peak learning rate, after warmup
 
 
-def corpus(cfg) -> tuple[Tokenizer, Tokens, Tokens]:
-    """Tokenizer, training tokens, held-out tokens; made by one process, awaited by the others."""
+def corpus(cfg, inputs) -> tuple[Tokenizer, Tokens, Tokens]:
+    """Tokenizer, training tokens, held-out tokens; made by one process, awaited by the others.
+    inputs: hashes of the texts."""
     out, source = Path(cfg.out), cfg.tokenizer or cfg.init
     split = 1.0 if cfg.val_data else 1 - cfg.val_fraction
+    recipe = [cfg.vocab_size, split, inputs]
+    made = out / "tokenizer.recipe.json"  # or --fresh with another --vocab-size would find the old
 
     def train_tokenizer():
         texts = read_texts(cfg.data)
         one = [texts[0][: int(split * len(texts[0]))]]
         texts = texts[: int(split * len(texts))] if len(texts) > 1 else one  # never the held-out
         Tokenizer.from_merges(train_bpe(texts, cfg.vocab_size - len(SPECIALS))).save(out)
+        write_json(made, recipe)
 
-    read_texts(cfg.data.split(",")[0])  # every process stops here when there is nothing to read
     if not source:
-        prepared((out / "tokenizer.json").exists, train_tokenizer)
+        prepared(lambda: made.exists() and json.loads(made.read_text("utf-8")) == recipe,
+                 train_tokenizer)
     tokenizer = Tokenizer.load(source or out)
     train = Tokens(out / "train.bin", cfg.data, tokenizer, (0.0, split))
     held = (0.0, 1.0) if cfg.val_data else (split, 1.0)
@@ -91,7 +97,7 @@ def evaluate(model, tokens, cfg, device) -> dict:
 def main(cfg):
     device, dtype = setup(cfg)
     run = Run(cfg, cfg.steps, inputs=[*cfg.data.split(","), *filter(None, [cfg.val_data])])
-    tokenizer, train, val = corpus(cfg)
+    tokenizer, train, val = corpus(cfg, run.record["inputs"])
     if cfg.init:
         model = load_model(cfg.init)
     else:

@@ -194,6 +194,14 @@ def test_a_model_answers_in_the_chat(road):
     assert run(f"model.py {out}/sft --prompt hello --max-new-tokens 8", processes=1) != ""
 
 
+def test_a_fresh_run_with_another_vocabulary_trains_another_tokenizer(tmp_path):
+    (tmp_path / "a.txt").write_text("the cat sat on the mat, the dog too. " * 99, encoding="utf-8")
+    line = f"pretrain.py --data {tmp_path}/a.txt {TINY} --steps 2 --context 16 --out {tmp_path}/a"
+    for size in (265, 270):
+        run(f"{line} --fresh --vocab-size {size}", processes=1)
+        assert load_model(tmp_path / "a").config.vocab_size == size
+
+
 @pytest.mark.parametrize("line, expected", [
     ("pretrain.py --data no/such.txt", "no/such.txt"),
     ("pretrain.py --data {tmp}/empty.txt", "empty"),
