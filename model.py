@@ -100,32 +100,32 @@ class RMSNorm(nn.Module):
 
 
 def rope_table(config: ModelConfig) -> tuple[torch.Tensor, torch.Tensor]:
-    """cos and sin of position · theta^(-2i/D), each (P, D) for P positions (RoFormer eq. 15)."""
+    """cos and ±sin of position · theta^(-2i/D), each (P, D) for P positions (RoFormer eq. 15)."""
     inverse = config.rope_theta ** (-torch.arange(0, config.head_dim, 2).double() / config.head_dim)
     angles = torch.arange(config.max_position_embeddings).double()[:, None] * inverse  # (P, D/2)
-    angles = torch.cat([angles, angles], dim=-1)  # Hugging Face's layout: halves, not pairs
-    return angles.cos(), angles.sin()
+    cos, sin = angles.cos(), angles.sin()
+    return torch.cat([cos, cos], -1), torch.cat([-sin, sin], -1)
 
 
 def rotate(x, cos, sin):
-    """Turns each pair (x_i, x_{i+D/2}) of x (B, H, T, D); cos, sin (T, D) or (B, 1, T, D)."""
+    """Turns each pair (x_i, x_{i+D/2}) of x (B, H, T, D): Hugging Face's layout, halves and not
+    neighbours. cos, sin (T, D) or (B, 1, T, D); sin is negative in the first half."""
     first, second = x.chunk(2, dim=-1)
-    return x * cos + torch.cat([-second, first], dim=-1) * sin
+    return torch.addcmul(x * cos, torch.cat([second, first], dim=-1), sin)
 
 
 def attention_formula(q, k, v, mask):
     """softmax(q·kᵀ / √D + mask) · v, as in D4 2.2.1, with heads, batch and a mask.
 
-    q (B, H, T, D), k and v (B, K, S, D) with H a multiple of K, mask (T, S) or (B, 1, T, S), True =
-    may look. The H/K query heads that share a key head become further rows of it: no key is copied.
+    q (B, H, T, D), k and v (B, K, S, D) with H a multiple of K; mask (T, S) or (B, 1, T, S), 0 where
+    a query may look and -inf elsewhere. The H/K query heads that share a key head become further
+    rows of it: no key is copied.
     """
     B, H, T, D = q.shape
     K, S = k.shape[1:3]
-    q = q.reshape(B, K, H // K * T, D) / math.sqrt(D)
-    scores = q @ k.transpose(-2, -1)  # (B, K, H/K·T, S)
-    bias = torch.zeros(mask.shape, dtype=q.dtype, device=q.device).masked_fill(~mask, -torch.inf)
-    bias = bias if mask.dim() == 2 else bias[:, None]  # (T, S) or (B, 1, 1, T, S)
-    weights = (scores.view(B, K, H // K, T, S) + bias).softmax(-1)
+    q = (q * (1 / math.sqrt(D))).reshape(B, K, H // K * T, D)
+    scores = (q @ k.transpose(-2, -1)).view(B, K, H // K, T, S)
+    weights = (scores + (mask if mask.dim() == 2 else mask[:, None])).softmax(-1)
     return (weights.view(B, K, H // K * T, S) @ v).view(B, H, T, D)
 
 
@@ -137,28 +137,45 @@ def attention_fused(q, k, v, mask):
 
 
 class KVCache:
-    """Keys and values of the tokens seen so far, per layer (B, K, length, D).
+    """Keys and values of the tokens seen so far, per layer (B, K, S, D).
 
-    Rows are right-padded: every row writes at its own positions, and a query at position p reads
-    keys 0..p, so what stands behind a short row's end is overwritten or masked.
+    Rows are padded on the left: all rows write their next token into the same column, one slice for
+    the whole batch. Column c holds position c - pad[row]; columns before a row's start are masked,
+    and so are those behind its end: S grows by whole blocks, for products of a part would copy it.
     """
 
-    def __init__(self, c: ModelConfig, rows: int, length: int, device, dtype):
-        shape = (c.num_hidden_layers, rows, c.num_key_value_heads, length, c.head_dim)
-        self.k = torch.zeros(shape, device=device, dtype=dtype)
-        self.v = torch.zeros(shape, device=device, dtype=dtype)
-        self.used = 0  # keys beyond this are in no row
+    BLOCK = 32
 
-    def append(self, layer: int, k, v, positions):
-        """Stores k, v (B, K, T, D) at positions (B, T); returns all k and v up to `used`."""
-        rows = torch.arange(k.shape[0], device=k.device)[:, None]
-        self.k[layer][rows, :, positions] = k.transpose(1, 2)
-        self.v[layer][rows, :, positions] = v.transpose(1, 2)
-        return self.k[layer, :, :, : self.used], self.v[layer, :, :, : self.used]
+    def __init__(self, c: ModelConfig, pad, device, dtype):
+        """pad (B,): the number of empty columns in front of each row."""
+        shape = (c.num_hidden_layers, len(pad), c.num_key_value_heads, 0, c.head_dim)
+        self.k = torch.empty(shape, device=device, dtype=dtype)
+        self.v, self.pad, self.used = self.k, pad.to(device), 0
+        self.last = c.max_position_embeddings - 1
+
+    def advance(self, T: int):
+        """Makes room for T columns; returns their positions (B, T) and their mask (B, 1, T, S)."""
+        columns = torch.arange(self.used, self.used + T, device=self.pad.device)
+        self.used += T
+        missing = -(-self.used // self.BLOCK) * self.BLOCK - self.k.shape[3]
+        if missing > 0:
+            self.k, self.v = (F.pad(x, (0, 0, 0, missing)) for x in (self.k, self.v))
+        keys = torch.arange(self.k.shape[3], device=self.pad.device)
+        seen = (keys <= columns[:, None]) & (keys >= self.pad[:, None, None])  # (B, T, S)
+        seen |= keys == columns[:, None]  # padding sees itself: a softmax over nothing is NaN
+        mask = torch.zeros(seen.shape, dtype=self.k.dtype, device=self.k.device)
+        positions = (columns - self.pad[:, None]).clamp(0, self.last)
+        return positions, mask.masked_fill_(~seen, -torch.inf)[:, None]
+
+    def append(self, layer: int, k, v):
+        """Stores k, v (B, K, T, D) in the newest columns; returns all k and v."""
+        self.k[layer, :, :, self.used - k.shape[2] : self.used] = k
+        self.v[layer, :, :, self.used - k.shape[2] : self.used] = v
+        return self.k[layer], self.v[layer]
 
     def keep(self, rows):
         """Drops every row not in `rows` (a LongTensor)."""
-        self.k, self.v = self.k[:, rows], self.v[:, rows]
+        self.k, self.v, self.pad = self.k[:, rows], self.v[:, rows], self.pad[rows]
 
 
 class Attention(nn.Module):
@@ -178,7 +195,7 @@ class Attention(nn.Module):
             self.q_norm = RMSNorm(D, config.rms_norm_eps)
             self.k_norm = RMSNorm(D, config.rms_norm_eps)
 
-    def forward(self, x, cos, sin, mask, layer=0, positions=None, cache=None):
+    def forward(self, x, cos, sin, mask, layer=0, cache=None):
         B, T, _ = x.shape
         q = self.q_proj(x).view(B, T, -1, self.head_dim)  # (B, T, H, D)
         k = self.k_proj(x).view(B, T, -1, self.head_dim)  # (B, T, K, D)
@@ -188,9 +205,9 @@ class Attention(nn.Module):
         q = rotate(q.transpose(1, 2), cos, sin)
         k = rotate(k.transpose(1, 2), cos, sin)
         if cache is not None:
-            k, v = cache.append(layer, k, v, positions)
-        # up to 256 tokens the fused kernel's backward in bf16 on a CPU is several times slower
-        plain = q.device.type == "cpu" and q.dtype == torch.bfloat16 and T <= 256
+            k, v = cache.append(layer, k, v)
+        # up to 256 tokens the fused kernel is slower on a CPU, its backward in bf16 by a factor
+        plain = q.device.type == "cpu" and T <= 256
         y = (attention_formula if plain else attention_fused)(q, k, v, mask)  # (B, H, T, D)
         return self.o_proj(y.transpose(1, 2).reshape(B, T, -1))
 
@@ -235,11 +252,11 @@ class Decoder(nn.Module):
         self.activation_checkpointing = False  # recompute blocks in backward, store their inputs
         self.tables = {}  # (device, dtype) → cos, sin: no buffers, a state dict is parameters only
 
-    def forward(self, input_ids, positions=None, cache=None):
-        """positions (B, T) and cache go together, in generation; training leaves both out and pads
-        on the right, where the causal mask hides it: no padding mask is needed."""
+    def forward(self, input_ids, cache=None):
+        """With a cache, in generation, rows are padded on the left and go on where it ends; training
+        pads on the right, where the causal mask hides it: no padding mask is needed."""
         T, limit = input_ids.shape[1], self.config.max_position_embeddings
-        if T > limit:
+        if cache is None and T > limit:  # a cache holds padding too, and generate() its own limit
             raise SystemExit(f"model: {T} tokens exceed the context of {limit} "
                              "(max_position_embeddings)")
         x = self.embed_tokens(input_ids)  # (B, T, C)
@@ -249,17 +266,16 @@ class Decoder(nn.Module):
         cos, sin = self.tables[place]
         if cache is None:
             cos, sin = cos[:T], sin[:T]  # (T, D)
-            mask = torch.ones(T, T, dtype=torch.bool, device=x.device).tril()
+            mask = torch.full((T, T), -torch.inf, dtype=x.dtype, device=x.device).triu(1)
         else:
+            positions, mask = cache.advance(T)  # (B, T), (B, 1, T, S)
             cos, sin = cos[positions][:, None], sin[positions][:, None]  # (B, 1, T, D)
-            keys = torch.arange(cache.used, device=x.device)
-            mask = keys <= positions[:, None, :, None]  # (B, 1, T, S)
         for i, layer in enumerate(self.layers):
             if self.activation_checkpointing and torch.is_grad_enabled():
                 # use_reentrant=True (D4 2.4.2) loses all gradients where x needs none (LoRA)
                 x = checkpoint(layer, x, cos, sin, mask, use_reentrant=False)
             else:
-                x = layer(x, cos, sin, mask, i, positions, cache)
+                x = layer(x, cos, sin, mask, i, cache)
         return self.norm(x)
 
 
@@ -273,29 +289,25 @@ class TargetLogprobs(torch.autograd.Function):
     logits: the gradient of log p_target by the logits is onehot - softmax.
     """
 
-    CHUNK = 1024  # rows of logits alive at a time
+    LOGITS, ROWS = 1 << 21, 256  # logits alive at a time; or of that many rows if those are more
 
     @staticmethod
     def forward(ctx, hidden, weight, targets):
-        logprobs, normalizers = [], []
-        size = TargetLogprobs.CHUNK
-        for h, t in zip(hidden.split(size), targets.split(size)):
-            logits = widen(h @ weight.T)  # (chunk, V)
-            normalizers.append(logits.logsumexp(-1))
-            logprobs.append(logits.gather(1, t[:, None])[:, 0] - normalizers[-1])
-        ctx.save_for_backward(hidden, weight, targets, torch.cat(normalizers))
-        return torch.cat(logprobs)
+        ctx.save_for_backward(hidden, weight, targets)
+        ctx.rows = max(TargetLogprobs.ROWS, TargetLogprobs.LOGITS // len(weight))
+        chunks = zip(hidden.split(ctx.rows), targets.split(ctx.rows))
+        return torch.cat([widen(h @ weight.T).log_softmax(-1).gather(1, t[:, None])[:, 0]
+                          for h, t in chunks])
 
     @staticmethod
     def backward(ctx, grad):
-        hidden, weight, targets, normalizers = ctx.saved_tensors
+        hidden, weight, targets = ctx.saved_tensors
         grad_hidden = torch.empty_like(hidden)
-        grad_weight = torch.zeros_like(weight, dtype=normalizers.dtype)
-        for start in range(0, len(hidden), TargetLogprobs.CHUNK):
-            part = slice(start, start + TargetLogprobs.CHUNK)
-            h, t, g = hidden[part], targets[part], grad[part].to(normalizers.dtype)
-            logits = widen(h @ weight.T)
-            error = (logits - normalizers[part, None]).exp_().mul_(-g[:, None])  # -g · softmax
+        grad_weight = torch.zeros_like(weight, dtype=grad.dtype)
+        for start in range(0, len(hidden), ctx.rows):
+            part = slice(start, start + ctx.rows)
+            h, t, g = hidden[part], targets[part], grad[part]
+            error = widen(h @ weight.T).softmax(-1).mul_(-g[:, None])  # -g · softmax
             error[torch.arange(len(t), device=t.device), t] += g
             error = error.to(weight.dtype)
             grad_hidden[part] = error @ weight
@@ -335,8 +347,8 @@ class CausalLM(nn.Module):
             self.lm_head.weight = self.model.embed_tokens.weight
         initialize(self)
 
-    def forward(self, input_ids, positions=None, cache=None):
-        return self.lm_head(self.model(input_ids, positions, cache))
+    def forward(self, input_ids, cache=None):
+        return self.lm_head(self.model(input_ids, cache))
 
 
 class ScalarModel(nn.Module):
@@ -408,51 +420,42 @@ def generate_steps(model, prompts, max_new_tokens, end_id, temperature=1.0, top_
     if temperature > 0:
         for row, seed in zip(uniforms, range(len(prompts)) if seeds is None else seeds):
             row.uniform_(generator=torch.Generator().manual_seed(seed))
-    limit = min(longest + max_new_tokens, context)
-    rows = torch.arange(len(prompts))  # those still growing
-    tokens = torch.zeros(len(prompts), limit, dtype=torch.long)  # right-padded, pads are never read
+    rows, pad = torch.arange(len(prompts)), longest - lengths  # rows: those in the batch
+    tokens = torch.zeros(len(prompts), longest, dtype=torch.long)  # left-padded, pads are masked
     for row, prompt in zip(tokens, prompts):
-        row[: len(prompt)] = torch.tensor(prompt)
-    cache = None
-    if use_cache:
-        cache = KVCache(model.config, len(prompts), limit, first.device, first.dtype)
+        row[longest - len(prompt) :] = torch.tensor(prompt)
+    alive = torch.ones(len(prompts), dtype=torch.bool)
     for step in range(max_new_tokens):
-        width, each, last = int(lengths.max()), torch.arange(len(rows)), lengths - 1
-        ids, positions = tokens[:, :width], None
-        if cache is not None:  # the whole prompts once, then one token a row
-            cache.used = width
-            positions = torch.arange(width).expand(len(rows), -1) if step == 0 else last[:, None]
-            ids, positions = tokens.gather(1, positions), positions.to(first.device)
-            last = last if step == 0 else 0
-        hidden = model.model(ids.to(first.device), positions, cache)  # (B, T, C)
-        logits = model.lm_head(hidden[each, last])  # (B, V): one position a row only
+        if step == 0 or not use_cache:
+            cache = KVCache(model.config, pad, first.device, first.dtype)
+        ids = tokens[:, cache.used :].to(first.device)  # the prompts at first, then one token a row
+        hidden = model.model(ids, cache)  # (B, T, C)
+        logits = model.lm_head(hidden[:, -1])  # (B, V): the last position only
         new = sample(logits, temperature, top_p, uniforms[rows, step].to(first.device)).cpu()
-        yield rows.tolist(), new.tolist()
-        tokens[each, lengths] = new
-        lengths = lengths + 1
-        alive = (new != end_id) & (lengths < context)
+        yield rows[alive].tolist(), new[alive].tolist()
+        tokens = torch.cat([tokens, new[:, None]], dim=1)
+        alive &= (new != end_id) & (tokens.shape[1] - pad < context)
         if not alive.any():
             return
-        if not alive.all():  # finished rows leave the batch: the rest decodes faster
+        if alive.sum() < 0.8 * len(alive):  # finished rows leave: dropping them copies the cache
             kept = alive.nonzero()[:, 0]
-            rows, tokens, lengths = rows[kept], tokens[kept], lengths[kept]
-            if cache is not None:
-                cache.keep(kept.to(first.device))
+            rows, tokens, pad, alive = rows[kept], tokens[kept], pad[kept], alive[kept]
+            cache.keep(kept.to(first.device))
 
 
 def sample(logits, temperature, top_p, uniform):
     """One token per row (B,) by inverting the cumulative distribution at uniform (B,)."""
+    logits = widen(logits)  # also because argmax in bf16 is slow
     if temperature == 0:
         return logits.argmax(-1)
-    # in float64: in fp32 a cumulative sum over V may end below 1
-    probs = (logits.double() / temperature).softmax(-1)
+    probs = (logits / temperature).softmax(-1)
     if top_p < 1:
         ordered, order = probs.sort(dim=-1, descending=True)
         outside = ordered.cumsum(-1) - ordered > top_p  # the token that crosses top_p stays in
         probs = probs.masked_fill(outside.gather(-1, order.argsort(-1)), 0.0)
     total = probs.cumsum(-1)
-    chosen = torch.searchsorted(total, uniform[:, None] * total[:, -1:], right=True)[:, 0]
-    return chosen.clamp(max=logits.shape[-1] - 1)
+    # the sum need not be 1: what is drawn is scaled to it
+    return (total <= uniform[:, None] * total[:, -1:]).sum(-1).clamp(max=logits.shape[-1] - 1)
 
 
 def generate(model, prompts, max_new_tokens, end_id, temperature=1.0, top_p=1.0, seeds=None,

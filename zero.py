@@ -138,7 +138,7 @@ def setup(cfg) -> tuple[torch.device, torch.dtype]:
         torch.use_deterministic_algorithms(True)
     libc = ctypes.CDLL(None) if sys.platform == "linux" else None
     if hasattr(libc, "mallopt"):  # glibc, which gives large freed blocks back to the kernel: they
-        libc.mallopt(-3, 1 << 30)  # M_MMAP_THRESHOLD   # fault in anew at every step, 3-4 % of it
+        libc.mallopt(-3, 1 << 25)  # M_MMAP_THRESHOLD   # fault in anew at every step, 3-4 % of it
         libc.mallopt(-1, 1 << 30)  # M_TRIM_THRESHOLD
     cores = cpu_cores()
     torch.set_num_threads(cfg.threads or max(1, cores // ranks))  # torchrun's own default is 1

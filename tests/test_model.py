@@ -69,7 +69,8 @@ def test_formula_and_fused_kernel_are_attention_row_by_row(dtype, tolerance, H, 
         keys, values = k[b, h * K // H][seen], v[b, h * K // H][seen]
         expected[b, h, t] = (keys @ q[b, h, t] / math.sqrt(D)).softmax(0) @ values
     for attention in (m.attention_formula, m.attention_fused):
-        close(attention(q, k, v, mask), expected, tolerance)
+        bias = torch.zeros(mask.shape, dtype=dtype).masked_fill(~mask, -torch.inf)
+        close(attention(q, k, v, bias), expected, tolerance)
 
 
 def test_rmsnorm_and_swiglu_compute_their_papers_formulas():
@@ -142,9 +143,10 @@ def test_checkpointing_gives_the_same_gradients_and_saves_fewer_bytes(frozen):
 # ---------------------------------------------------------------------- log-probabilities, heads
 
 
-@pytest.mark.parametrize("chunk", [3, 7, 1024])  # of 7 rows: two boundaries, none, none
-def test_target_logprobs_are_log_softmax_and_gather_in_value_and_gradient(monkeypatch, chunk):
-    monkeypatch.setattr(m.TargetLogprobs, "CHUNK", chunk)
+@pytest.mark.parametrize("logits", [15, 35, 9999])  # 3, 7, all of 7 rows: two boundaries, none
+def test_target_logprobs_are_log_softmax_and_gather_in_value_and_gradient(monkeypatch, logits):
+    monkeypatch.setattr(m.TargetLogprobs, "LOGITS", logits)
+    monkeypatch.setattr(m.TargetLogprobs, "ROWS", 1)
     torch.manual_seed(0)
     hidden = torch.randn(7, 4, dtype=torch.float64, requires_grad=True)
     weight = torch.randn(5, 4, dtype=torch.float64, requires_grad=True)
