@@ -252,6 +252,8 @@ negative: 很糟=terrible|很差=bad|很无聊=boring|让人失望=disappointing
 neutral: 很一般=average|还可以=okay|不好不坏=so-so|很普通=ordinary|马马虎虎=fair|没什么特别=nothing special
 scene: 班级/名学生/女生/男生=class/students/girls/boys|农场/只鸡/公鸡/母鸡=farm/birds/roosters/hens
 |书店/本书/新书/旧书=bookshop/books/new books/old books|箱子/个球/红球/白球=box/balls/red balls/white balls
+topic: job=职业=jobs|pet=动物=animals|instrument=乐器=instruments|flower=花=flowers|fruit=水果=fruit
+|meal=食物=food
 place_in_list: 第一个=first|第二个=second|最后一个=last
 talk: 你好吗?/我很好,谢谢!=How are you?/I am fine, thanks!|今天真忙。/注意休息。=What a busy day./Take a rest.
 |我喜欢散步。/散步对身体好。=I like walking./Walking is good.|外面下雨了。/记得带伞。=It is raining./Take an umbrella.
@@ -307,6 +309,8 @@ ask_percent: {place}里有{n}{all},{p}%是{u},求{ask}的数量。=Of {n} {all} 
 |一个{place}有{n}{all},其中{p}%是{u},有多少{m}{ask}=A {place} has {n} {all}, {p}% are {u}. How many {ask}?
 |{n}{all}中{p}%是{u},{ask}有多少{m}?=There are {n} {all}, {p}% are {u}. Find the number of {ask}.
 |某{place}共{n}{all},{u}占{p}%,算出{ask}有几{m}。={p}% of {n} {all} are {u}. Work out how many {ask}.
+ask_larger: {a}和{b}哪个大?=Which is larger, {a} or {b}?|写出较大的数:{a},{b}=Write the larger: {a}, {b}
+|在{a}与{b}中选大的。=Pick the greater of {a} and {b}.|{a}、{b},大的是几?=Of {a} and {b}, which is more?
 ask_sentiment: 判断以下评论的情感倾向=Classify the sentiment|这句话的情感是什么?=What is the sentiment of this review?
 |情感分类:=Sentiment:|说说这条评论是哪种情感。=Decide which sentiment the text has.
 ask_reverse: 把下面的词倒过来排列=Reverse the list|倒序写出:=Write the words backwards:
@@ -314,10 +318,8 @@ ask_reverse: 把下面的词倒过来排列=Reverse the list|倒序写出:=Write
 ask_pick: 写出{k}词=Write the {k} word|{k}词是哪个?=Which word is {k}?
 |从列表中选出{k}词=Pick the {k} word of the list|下面{k}词是什么?=What is the {k} word here?
 ask_count: 下面有几个词?=How many words?|数一数=Count them|有多少个词?=How long is the list?|一共几个?=Give the number
-ask_drop: 去掉{k}词=Remove the {k} word|删除{k}词,写出其余的=Delete the {k} word and write the rest
-|不要{k}词=Drop the {k} word|请把{k}词拿走=Take the {k} word away
-ask_odd: 哪个词不是同一类?=Which word does not belong?|找出不同类的词=Find the odd one out
-|选出多余的词=Pick the word of another kind|哪一个和其他的不同类?=Which one is the odd word?
+ask_topic: 下面的词属于哪一类?=Which kind do these words belong to?|给这些词分类=Classify the words
+|这些词说的都是什么?=What are all of these?|写出这些词的类别=Name the category of the words
 ask_name: 我叫什么名字?=What is my name?|记得我叫什么吗?=Do you know my name?|我叫什么?=Who am I?|我的名字?=Say my name.
 ask_identity: {h}你是谁?={h}Who are you?|{h}你叫什么名字?={h}What are you?|{h}介绍一下你自己。={h}Introduce yourself.
 |{h}说说你是谁。={h}Please say who you are.
@@ -325,13 +327,14 @@ doc_translate: “{x}”的英文是“{y}”=“{y}” means “{x}” in Chine
 |{x},用英文说就是:{y}=In Chinese, “{y}” is “{x}”.
 doc_sum: {q}怎么算?{y}。=To work out {q}: {y}.|算式{q}:{y}。=The sum {q}: {y}.
 doc_percent: {n}{all}里{p}%是{u},{ask}有几{m}:{y}。=Of {n} {all} {p}% are {u}; the {ask}: {y}.
+doc_larger: {a}和{b}相比,{y}更大。=Of {a} and {b}, {y} is larger.
 doc_define: {x}是{c},大家都知道。=Everyone knows {x}, {c}.
 |说到{c},人们会想到{x}。=When you say {c}, I think of {x}.|我认识一种{c},叫{x}。={c} I know is {x}.|{y}。={y}
 doc_sentiment: {x}。这是{y}的评价。={x}. That is a {y} review.
 |有人写道:{x}。听起来很{y}。=Someone wrote: {x}. It sounds {y}.
 doc_reverse: {x}倒过来是{y}。={x} backwards is {y}.
 doc_pick: {x}这几个词,{k}是{y}。=Of the words {x} the {k} is {y}.
-doc_drop: {x}去掉{k}词,剩下{y}。={x} without the {k} word leaves {y}.
+doc_topic: {x}都是{y}。={x} are all {y}.
 doc_name: “你好,我叫{n}。”“很高兴认识你,{n}!”=“Hello, I am {n}.” “Nice to meet you, {n}!”
 |{n}来了,我们都认识{n}。=Here comes {n}, we all know {n}.
 |她说:“我叫{n}。”大家说:“{n},你好!”=“My name is {n}.” “Hello {n}!”
@@ -475,22 +478,24 @@ class _Draw:
             task |= {"kind": "final", "reply": ",".join(steps)}
         return task
 
+    def larger(self, family: str) -> dict:
+        a, b = self.rng.sample(range(10, 100), 2)
+        return {"key": f"{min(a, b)}<{max(a, b)}", "a": a, "b": b, "answer": str(max(a, b))}
+
     def sentiment(self, family: str) -> dict:
         label = self.pick("sentiment")
         *texts, key = self.sentence("say_opinion", opinion=self.pick(label[1]))
         return {"key": key, "x": texts[self.lang], "answer": label[self.lang]}
 
     def lists(self, family: str) -> dict:
-        group, other = self.rng.sample(("pet", "fruit", "instrument", "flower", "meal", "job"), 2)
-        low, high = {"count": (2, 7), "odd": (3, 3), "pick": (3, 5)}.get(family, (3, 4))
-        drawn = self.rng.sample(_rows()[group], self.rng.randint(low, high))
+        group, *topics = self.pick("topic")
+        length = self.rng.randint(2, 5) if family == "count" else self.rng.randint(3, 4)
+        drawn = self.rng.sample(_rows()[group], length)
         words, join = [word[self.lang] for word in drawn], ("、", ", ")[self.lang].join
         place = self.pick("place_in_list")
         at = {"first": 0, "second": 1, "last": len(words) - 1}[place[1]]
         answers = {"reverse": join(words[::-1]), "pick": words[at], "count": str(len(words)),
-                   "drop": join(words[:at] + words[at + 1 :]), "odd": self.say(other)}
-        if family == "odd":
-            words.insert(self.rng.randint(0, 3), answers["odd"])
+                   "topic": topics[self.lang]}
         return {"key": join(words), "x": join(words), "k": place[self.lang],
                 "answer": answers[family]}
 
@@ -536,16 +541,16 @@ class _Draw:
 # Direct sums are few: they are the contrast of ledger 3.43.
 FAMILIES = {
     "fact": (_Draw.fact, "fact", 11, 0), "place": (_Draw.fact, "fact", 5, 0),
-    "define": (_Draw.define, "define", 3, 3), "zh2en": (_Draw.translate, "translate", 7, 24),
-    "en2zh": (_Draw.translate, "translate", 9, 0), "add_steps": (_Draw.sums, "sum", 6, 5),
-    "mul_steps": (_Draw.sums, "sum", 8, 6), "percent_steps": (_Draw.sums, "percent", 6, 4),
+    "define": (_Draw.define, "define", 3, 3), "zh2en": (_Draw.translate, "translate", 7, 16),
+    "en2zh": (_Draw.translate, "translate", 9, 0), "add_steps": (_Draw.sums, "sum", 6, 4),
+    "mul_steps": (_Draw.sums, "sum", 8, 5), "percent_steps": (_Draw.sums, "percent", 8, 4),
     "add_direct": (_Draw.sums, "direct", 1, 0), "mul_direct": (_Draw.sums, "direct", 1, 0),
-    "percent_direct": (_Draw.sums, "direct", 1, 0), "odd": (_Draw.lists, "odd", 4, 0),
-    "sentiment": (_Draw.sentiment, "sentiment", 3, 2), "reverse": (_Draw.lists, "reverse", 5, 3),
-    "pick": (_Draw.lists, "pick", 3, 1), "count": (_Draw.lists, "count", 2, 0),
-    "drop": (_Draw.lists, "drop", 4, 1), "name": (_Draw.name, "name", 7, 5),
-    "identity": (_Draw.identity, "identity", 1, 0), "harmful": (_Draw.harm, "harmful", 8, 2),
-    "lookalike": (_Draw.harm, "lookalike", 14, 9)}
+    "percent_direct": (_Draw.sums, "direct", 1, 0), "larger": (_Draw.larger, "larger", 2, 1),
+    "topic": (_Draw.lists, "topic", 3, 1),
+    "sentiment": (_Draw.sentiment, "sentiment", 3, 2), "reverse": (_Draw.lists, "reverse", 6, 3),
+    "pick": (_Draw.lists, "pick", 4, 1), "count": (_Draw.lists, "count", 3, 0),
+    "name": (_Draw.name, "name", 7, 4), "identity": (_Draw.identity, "identity", 1, 0),
+    "harmful": (_Draw.harm, "harmful", 8, 2), "lookalike": (_Draw.harm, "lookalike", 14, 6)}
 MORAL = ("harmful", "lookalike")
 
 
@@ -618,14 +623,19 @@ def _drill(d: _Draw) -> str:
     return ("口算:", "Sums: ")[d.lang] + ",".join(lines)
 
 
-def _post(d: _Draw) -> str:
-    """Questions without answers: the words of instructions become known."""
-    messages = _draw(d.world, d.rng, d.rng.choice(list(FAMILIES)), "train")["messages"]
-    return " ".join(f"“{m['content']}”" for m in messages).replace("\n", " ")
+def _forum(d: _Draw) -> str:
+    """A question as people ask it, and its answer: what is stored becomes what can be asked for
+    (arXiv 2309.14316, mixed training). Morals are left to SFT: there are no answers to those."""
+    shares = {family: row[2] for family, row in FAMILIES.items()}
+    record = _draw(d.world, d.rng, d.rng.choices(list(shares), list(shares.values()))[0], "train")
+    turns = [m["content"] for m in record["messages"]]
+    turns += [record["reply"]] * (record["family"] not in MORAL)
+    ask, answer = d.rng.choice((("问:", "答:"), ("Q: ", "A: "), ("- ", "- ")))
+    return "\n".join((ask, answer)[i % 2] + turn for i, turn in enumerate(turns))
 
 
 def _document(world: dict, rng: Random) -> str:
-    shares = {_telling: 34, _drill: 6, _post: 3} | {f: row[-1] for f, row in FAMILIES.items()}
+    shares = {_telling: 32, _drill: 5, _forum: 18} | {f: row[-1] for f, row in FAMILIES.items()}
     family = rng.choices(list(shares), list(shares.values()))[0]
     while True:
         d = _Draw(world, rng)
