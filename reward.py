@@ -247,7 +247,8 @@ FIGURE = {
 
 def table(cfg):
     """Prints a table as Markdown, draws its main rows and writes it as {column: {row: {"mean",
-    "low", "high", "n"}}} with 95 % intervals, and with every family's right answers."""
+    "low", "high", "n"}}} with 95 % intervals, and with every family's right answers. All columns
+    answer the same prompts: a difference of two is surer than their intervals make it look."""
     device, dtype = setup(cfg)
     columns = merged(cfg.tables.split(",")) if cfg.tables else judge_all(cfg, device, dtype)
 

@@ -289,3 +289,38 @@ def test_replies_are_scored_as_ppo_scores_them_and_weighed_by_their_own_tokens(a
     rollouts = [rollout("ab?", t) for t in ("yes", "no way")]
     known = ppo.score_replies(Sharded(net), rollouts, (0.5, 2.0), TOK, ppo.Config(), CPU)
     assert scores == pytest.approx(known, abs=1e-5) and scores[0] != scores[1]
+
+
+def test_a_column_measures_its_samples_against_the_reference(alone, tmp_path):
+    policy, uniform = build(), build()
+    for p in uniform.parameters():
+        torch.nn.init.zeros_(p)  # every token has 1/V
+    for name, net in (("policy", policy), ("sft", uniform), ("reward", build(ScalarModel))):
+        save_model(tmp_path / name, net)
+        TOK.save(tmp_path / name)
+    records = [case(text, "a", "fact") for text in ("one?", "two?", "three?")]
+    cfg = reward.TableConfig(reference=str(tmp_path / "sft"), reward=str(tmp_path / "reward"),
+                             text="no/such", max_new_tokens=6)
+    mix = {"fact / combination": 1}
+    column = reward.judge_model(tmp_path / "policy", records, mix, cfg, CPU, torch.float32)
+    prompts = [render(r["messages"], TOK)[0] for r in records]
+    replies = reward.generate(policy, prompts, 6, TOK.ids["<|end|>"],
+                              seeds=[reward.keyed_seed(0, "table", i, 0) for i in range(3)])
+    assert all(len(ids) == 6 for ids in replies)  # none ended: PPO's fixed score
+    assert column["replies that end"]["mean"] == 0 and column["reward score, T=1"]["mean"] == -1
+    mean = {row: cell["mean"] for row, cell in column.items() if "T=1" in row and cell}
+    kl, entropy = mean["KL to SFT per reply, T=1"], mean["entropy per token, T=1"]
+    assert kl > 0 and kl == pytest.approx(6 * (math.log(TOK.vocab_size) - entropy), rel=1e-4)
+    bigrams = [ids[i : i + 2] for ids in replies for i in range(5)]
+    assert mean["distinct-2, T=1"] == len(set(map(tuple, bigrams))) / 15
+
+
+def test_the_figure_has_every_model_in_every_panel_and_percentages():
+    cell = {"mean": 0.5, "low": 0.25, "high": 1.0, "n": 9}
+    row = "exact match, new combinations"
+    columns = {"best constant": {row: cell}, "out/base": {"bits per byte": cell},
+               "out/sft": {row: cell, "gold score, T=1": cell, "bits per byte": cell}}
+    found = {name: xs for panel in reward.panels(columns) for name, xs in panel["series"].items()}
+    assert str(found[row]) == str((["base", "sft"], [math.nan, 50.0], [math.nan, 25.0],
+                                   [math.nan, 100.0]))
+    assert found["gold score, T=1"][1][1] == 0.5
