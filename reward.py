@@ -323,22 +323,27 @@ def merged(paths) -> dict:
     """One table of k seeds': mean ± t·s/√k, least and greatest value, n = k.
 
     A seed draws everything anew, held-out prompts as well as world, weights, batches and samples:
-    the spread s of the seeds' values contains what prompts contribute, so the intervals within
-    seeds are not added to it. t is Student's, because k is small: 4.30 for three seeds."""
+    the spread s of the seeds' values contains what prompts contribute. But s of three values is
+    small by chance now and then, so what the intervals within seeds give, √Σ half²/k, is the least.
+    t is Student's, because k is small: 4.30 for three seeds."""
     found = defaultdict(lambda: defaultdict(list))
     for path in paths:
         for folder, column in json.loads(read_text(path)).items():
             for row in filter("families".__ne__, column):
-                found[Path(folder).name][row].append(column[row]["mean"])
+                found[Path(folder).name][row].append(column[row])
 
-    def cell(x):
-        k, mean, ends = len(x), sum(x) / len(x), {}
+    def cell(row, cells):
+        x, k = [c["mean"] for c in cells], len(cells)
+        mean, ends = sum(x) / k, {}
         if k > 1:
+            within = sum((c.get("high", c["mean"]) - c.get("low", c["mean"])) ** 2 for c in cells)
             half = T95[min(k, 10) - 2] * float(np.std(x, ddof=1)) / math.sqrt(k)
-            ends = {"low": mean - half, "high": mean + half}
+            half = max(half, math.sqrt(within) / 2 / k)
+            low, high = (-math.inf, math.inf) if row.startswith(NUMBERS) else (0.0, 1.0)
+            ends = {"low": max(low, mean - half), "high": min(high, mean + half)}
         return {"mean": mean, **ends, "min": min(x), "max": max(x), "n": k}
 
-    return {name: {row: cell(x) for row, x in rows.items()} for name, rows in found.items()}
+    return {name: {row: cell(row, x) for row, x in rows.items()} for name, rows in found.items()}
 
 
 def judge_all(cfg, device, dtype) -> dict:

@@ -213,8 +213,9 @@ def test_a_rate_of_0_or_1_has_an_interval_inside_0_and_1():
 
 def test_tables_of_several_seeds_have_the_interval_of_their_mean(tmp_path):
     for seed, value in enumerate((0.6, 0.7, 0.8)):
-        cell = {"mean": value, "low": 0.0, "high": 1.0, "n": 99}
-        columns = {f"out/seed-{seed}/sft": {"row": cell, "families": {}},
+        cell = {"mean": value, "low": value - 0.1, "high": value + 0.1, "n": 99}
+        same = {"mean": 1.5, "low": 1.0, "high": 2.0, "n": 99}
+        columns = {f"out/seed-{seed}/sft": {"row": cell, "KL": same, "families": {}},
                    "best constant": {"row": cell, "families": {}}}
         columns["out/base"] = {"families": {}} | ({"row": cell} if seed == 0 else {})
         (tmp_path / f"{seed}.json").write_text(json.dumps(columns))
@@ -224,6 +225,8 @@ def test_tables_of_several_seeds_have_the_interval_of_their_mean(tmp_path):
     half = 4.30 * 0.1 / math.sqrt(3)  # t of two degrees of freedom, s = 0.1
     assert [cell[k] for k in ("mean", "low", "high", "min", "max", "n")] == pytest.approx(
         [0.7, 0.7 - half, 0.7 + half, 0.6, 0.8, 3])
+    cell = table["sft"]["KL"]  # no spread over seeds: the intervals within, √(3 · 0.5²) / 3
+    assert cell["high"] - 1.5 == pytest.approx(0.5 / math.sqrt(3)) == 1.5 - cell["low"]
     assert table["base"]["row"] == {"mean": 0.6, "min": 0.6, "max": 0.6, "n": 1}
 
 
