@@ -422,7 +422,8 @@ def judge_model(folder, records, mix, cfg, device, dtype) -> dict:
 
 
 def judged(records, replies, mix) -> dict:
-    """The rows that the gold judge decides, from texts {(prompt, sample): reply}."""
+    """The rows that the gold judge decides, from texts {(prompt, sample): reply}: right and wrong
+    from greedy ones (sample -1), refusals and the gold score from samples (0 and up)."""
     verdicts = {(i, n): judge(records[i], reply) for (i, n), reply in replies.items()
                 if (n < 0) == (records[i]["kind"] not in MORAL)}
 
@@ -431,15 +432,16 @@ def judged(records, replies, mix) -> dict:
                                             verdicts.items() if wanted(records[i])}), rate=True)
 
     def right(wanted, *splits):
-        return rate("right", lambda r: wanted(r["family"]) and r["split"] in splits)
+        return rate("right", lambda r: wanted(r["family"]) and r["split"] in splits
+                    and r["kind"] not in MORAL)
 
     def core(family):
-        return not family.endswith("_direct") and family not in ("cloze", *MORAL)
+        return not family.endswith("_direct") and family != "cloze"
 
     families = {group: rate("right", lambda r: r["group"] == group)
                 for group in sorted({r["group"] for r in records if r["kind"] not in MORAL})}
-    asked = {r["group"] for r in records if core(r["family"]) and r["split"] == "combination"}
-    worst = min((families[group] for group in asked), key=lambda c: c["mean"], default={})
+    worst = min((cell for group, cell in families.items() if group.endswith(" / combination")
+                 and core(group.split(" / ")[0])), key=lambda cell: cell["mean"], default={})
     gold = {(i, n): gold_score(records[i], reply) for (i, n), reply in replies.items()
             if n >= 0 and records[i]["group"] in mix}
     return {
