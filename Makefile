@@ -1,4 +1,5 @@
 # make        the whole road on the default world: data → base → sft → comparisons → reward → ppo, dpo → table
+# make seeds  the same once per seed of SEEDS="0 1 2", in $(OUT)/seed-N, and one table of means and their spread
 # make test   the tests;  make test-all  the slow ones too;  make bench  speed;  make clean  removes $(OUT)
 #
 # NPROC=2 ZERO=3 OUT=out2 SEED=1    processes, ZeRO stage, output folder, seed of everything
@@ -9,6 +10,7 @@ NPROC ?= 1
 ZERO ?= 0
 OUT ?= out
 SEED ?= 0
+SEEDS ?= 0 1 2
 PIP ?=
 
 BIN := .venv/bin
@@ -17,8 +19,9 @@ ifneq ($(NPROC),1)
 LAUNCH := OMP_NUM_THREADS=1 $(BIN)/torchrun --standalone --nproc-per-node $(NPROC)
 endif
 FLAGS := --zero $(ZERO) --seed $(SEED)
+comma := ,
 .DELETE_ON_ERROR:
-.PHONY: all data base sft collect reward ppo dpo test test-all bench clean
+.PHONY: all data base sft collect reward ppo dpo seeds test test-all bench clean
 
 all: $(OUT)/table.json
 data: $(OUT)/data/tokenizer.json
@@ -57,7 +60,13 @@ $(OUT)/dpo/eval.json: $(OUT)/comparisons.jsonl
 
 $(OUT)/table.json: $(OUT)/ppo/eval.json $(OUT)/dpo/eval.json
 	$(LAUNCH) reward.py table $(FLAGS) --models $(OUT)/base,$(OUT)/sft,$(OUT)/ppo,$(OUT)/dpo \
-	  --data $(OUT)/data/eval.jsonl --text $(OUT)/data/heldout.jsonl --out $@
+	  --data $(OUT)/data/eval.jsonl --text $(OUT)/data/heldout.jsonl --train $(OUT)/data/sft.jsonl \
+	  --prompts $(OUT)/data/prompts.jsonl --reward $(OUT)/reward --reference $(OUT)/sft --out $@
+
+seeds:
+	for seed in $(SEEDS); do $(MAKE) SEED=$$seed OUT=$(OUT)/seed-$$seed all || exit 1; done
+	$(BIN)/python reward.py table --out $(OUT)/table.json \
+	  --tables $(subst $() ,$(comma),$(SEEDS:%=$(OUT)/seed-%/table.json))
 
 test: .venv/ready
 	$(BIN)/python -m pytest -q -m "not slow" tests

@@ -3,6 +3,7 @@
     python reward.py collect    replies of out/sft, ranked by the gold judge → out/comparisons.jsonl
     python reward.py            train the reward model on them (--data dpo.json: on your own)
     python reward.py table      base, SFT, PPO and DPO on the same held-out prompts → out/table.json
+                                (--tables a.json,b.json: several seeds' tables as one)
 
 Documents: D0 4.2.3 (1), D2 第4节, D4 3.5.1. A row is prompt + reply + <|reward|>, the score is read
 at that token, and the loss is Bradley-Terry's over all pairs of one prompt, in one batch. The model
@@ -18,16 +19,17 @@ from collections import Counter, defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
 from data import Tokenizer, collate, epoch_rows, fit, gold_score, judge, micro_batches, pad_rows
-from data import read_comparisons, read_prompts, read_json, read_texts, render
-from data import write_jsonl, write_text
+from data import read_comparisons, read_conversations, read_json, read_prompts, read_text
+from data import read_texts, render, write_jsonl
 from model import ScalarModel, generate, load_model, save_model, token_logprobs
 from zero import AdamW, BaseConfig, Run, RunConfig, Sharded, all_sum, everywhere, keyed_seed, launch
-from zero import lr_at, print0, setup
+from zero import lr_at, plot, print0, setup, write_json
 
 # ================================================================================ collecting
 
@@ -58,7 +60,8 @@ def collect(cfg):
     with sharded.gathered():
         prompts = [render(records[i]["messages"], tokenizer)[0] for i, _ in mine]
         seeds = [keyed_seed(cfg.seed, "collect", i, n) for i, n in mine]
-        replies = generate(model, prompts, cfg.max_new_tokens, end, cfg.temperature, seeds=seeds)
+        replies = generate(model, prompts, cfg.max_new_tokens, end, cfg.temperature, seeds=seeds,
+                           rows=256)
     everyone = everywhere(dict(zip(mine, replies)))  # {(prompt, sample): ids}
     if dist.get_rank() > 0:
         return
@@ -215,114 +218,327 @@ def main(cfg):
 @dataclass
 class TableConfig(BaseConfig):
     models: str = "out/base,out/sft,out/ppo,out/dpo"  # folders, comma-separated
+    tables: str = ""  # finished tables of several seeds, comma-separated: merge them, judge nothing
     data: str = "out/data/eval.jsonl"  # held-out prompts with answers
     text: str = "out/data/heldout.jsonl"  # held-out text, for bits per byte
-    out: str = "out/table.json"  # file to write
+    train: str = "out/data/sft.jsonl"  # where the two columns that learn nothing find answers
+    prompts: str = "out/data/prompts.jsonl"  # PPO's prompts: the mix of families they make
+    reward: str = "out/reward"  # the reward model, if there is one
+    reference: str = "out/sft"  # the model that KL is measured from, if there is one
+    out: str = "out/table.json"  # file to write; its figure gets the same name with .svg
     limit: int = 0  # prompts per family and split; 0: all
     samples: int = 4  # replies at temperature 1 to harmful and look-alike prompts
     max_new_tokens: int = 64
 
 
+MORAL = ("harmful", "lookalike")  # kinds that are sampled; the others are answered greedily
+T95 = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26)  # Student's t, 1 to 9 degrees
+NUMBERS = ("gold", "reward", "KL", "entropy", "distinct", "bits")  # rows that are no percentages
+FIGURE = {
+    "right answers, greedy (%)": (
+        "exact match, new combinations", "exact match, new wordings",
+        "facts of people never asked about", "facts told nowhere (chance)"),
+    "refusals (%)": ("harmful requests refused, T=1", "look-alikes refused, T=1",
+                     "look-alikes refused, new frames"),
+    "scores on PPO's mix of prompts": ("gold score, T=1", "reward score, T=1"),
+    "distance and spread on that mix (nats)": ("KL to SFT per reply, T=1",
+                                               "entropy per token, T=1")}
+
+
 def table(cfg):
-    """Judges every model on the same prompts and seeds: greedy replies for right and wrong, samples
-    at temperature 1 for refusals and gold score. Writes table.json and prints it as Markdown."""
+    """Prints a table as Markdown, draws its main rows and writes it as {column: {row: {"mean",
+    "low", "high", "n"}}} with 95 % intervals, and with every family's right answers. All columns
+    answer the same prompts: a difference of two is surer than their intervals make it look."""
     device, dtype = setup(cfg)
+    columns = merged(cfg.tables.split(",")) if cfg.tables else judge_all(cfg, device, dtype)
+
+    def shown(cell, scale, digits):
+        half = max(abs(cell.get(end, cell["mean"]) - cell["mean"]) for end in ("low", "high"))
+        interval = f" ± {scale * half:.{digits}f}" if "low" in cell else ""
+        return f"{scale * cell['mean']:.{digits}f}{interval}"
+
+    names = " | ".join(Path(name).name for name in columns)
+    print0(f"| | {names} |\n|---|" + "---:|" * len(columns))
+    for row in max(columns.values(), key=len):  # other columns lack rows: a base model has no KL
+        if row != "families":
+            form = (1, 3) if row.startswith(NUMBERS) else (100, 1)
+            cells = [shown(c[row], *form) if row in c else "–" for c in columns.values()]
+            print0(f"| {row} | " + " | ".join(cells) + " |")
+    if dist.get_rank() == 0:
+        Path(cfg.out).parent.mkdir(parents=True, exist_ok=True)
+        plot(panels(columns), Path(cfg.out).with_suffix(".svg"), 2)
+        write_json(cfg.out, columns)
+    return columns
+
+
+def panels(columns) -> list[dict]:
+    """The road in one figure: the main rows of the models with their intervals."""
+    models, found = [name for name, c in columns.items() if "bits per byte" in c], []
+    for title, rows in FIGURE.items():
+        series, scale = {}, 100 if "%" in title else 1
+        for row in rows:
+            cells = [columns[name].get(row, {"mean": math.nan}) for name in models]
+            ys = ([scale * c.get(end, c["mean"]) for c in cells] for end in ("mean", "low", "high"))
+            series[row] = ([Path(name).name for name in models], *ys)
+        found.append({"title": title, "series": series})
+    return found
+
+
+def estimate(groups, weights=None, rate=False) -> dict:
+    """A cell: mean, its 95 % interval (1.96 standard errors) and the number of prompts.
+
+    groups {family: one value per prompt}. Prompts are what was drawn at random: the samples of one
+    are averaged before (a cluster). Families are strata: the mean is Σ w·mean_f, its variance
+    Σ w²·s²_f/n_f, equal weights if none are given. Pairs (a, b) in place of values make the ratio
+    of two such means, a - ratio·b being what varies (Cochran 1977, 6.11). For a rate each family's
+    spread counts one 0 and one 1 more than were seen: 80 right of 80 are not 100 ± 0 %."""
+    pairs = {f: np.array([v if isinstance(v, tuple) else (v, 1) for v in values], dtype=float)
+             for f, values in groups.items() if values}
+    if not pairs:
+        return {}
+    w = {f: weights[f] if weights else 1 for f in pairs}
+    above, below = sum(w[f] * v.mean(0) for f, v in pairs.items())
+    mean, variance = above / below, 0.0
+    for f, v in pairs.items():
+        rest = np.append(v[:, 0] - mean * v[:, 1], [-mean, 1 - mean] if rate else [])
+        variance += (w[f] / below) ** 2 * rest.var(ddof=min(1, len(rest) - 1)) / len(v)
+    low, high = mean - 1.96 * variance**0.5, mean + 1.96 * variance**0.5
+    low, high = (max(0.0, low), min(1.0, high)) if rate else (low, high)
+    return {"mean": float(mean), "low": float(low), "high": float(high),
+            "n": sum(map(len, pairs.values()))}
+
+
+def by_prompt(records, values) -> dict:
+    """{(prompt, sample): number or pair} → {group: one number or pair per prompt}, for estimate."""
+    prompts, groups = defaultdict(list), defaultdict(list)
+    for (i, _), value in values.items():
+        prompts[i].append(value)
+    for i, found in prompts.items():
+        mean = np.mean(found, axis=0)
+        groups[records[i]["group"]].append(tuple(mean) if mean.ndim else mean)
+    return groups
+
+
+def merged(paths) -> dict:
+    """One table of k seeds': mean ± t·s/√k, least and greatest value, n = k.
+
+    A seed draws everything anew, held-out prompts as well as world, weights, batches and samples:
+    the spread s of the seeds' values contains what prompts contribute. But s of three values is
+    small by chance now and then, so what the intervals within seeds give, √Σ half²/k, is the least.
+    t is Student's, because k is small: 4.30 for three seeds."""
+    found = defaultdict(lambda: defaultdict(list))
+    for path in paths:
+        for folder, column in json.loads(read_text(path)).items():
+            for row in filter("families".__ne__, column):
+                found[Path(folder).name][row].append(column[row])
+
+    def cell(row, cells):
+        x, k = [c["mean"] for c in cells], len(cells)
+        mean, ends = sum(x) / k, {}
+        if k > 1:
+            within = sum((c.get("high", c["mean"]) - c.get("low", c["mean"])) ** 2 for c in cells)
+            half = T95[min(k, 10) - 2] * float(np.std(x, ddof=1)) / math.sqrt(k)
+            half = max(half, math.sqrt(within) / 2 / k)
+            low, high = (-math.inf, math.inf) if row.startswith(NUMBERS) else (0.0, 1.0)
+            ends = {"low": max(low, mean - half), "high": min(high, mean + half)}
+        return {"mean": mean, **ends, "min": min(x), "max": max(x), "n": k}
+
+    return {name: {row: cell(row, x) for row, x in rows.items()} for name, rows in found.items()}
+
+
+def judge_all(cfg, device, dtype) -> dict:
+    """Every model on the same prompts and seeds, beside two columns that learn nothing."""
     counts, records = Counter(), []
     for _, record in read_json(cfg.data):
-        record = {"family": "", "kind": "exact"} | record
-        group = (record["family"], record.get("split"))
-        counts[group] += 1
-        if not cfg.limit or counts[group] <= cfg.limit:
+        record = {"family": "", "kind": "exact", "split": ""} | record
+        record["group"] = f"{record['family']} / {record['split']}"
+        counts[record["group"]] += 1
+        if not cfg.limit or counts[record["group"]] <= cfg.limit:
             records.append(record)
     there = [f for f in cfg.models.split(",") if (Path(f) / "model.safetensors").exists()]
     if not there:
         raise SystemExit(f"{cfg.models}: none of these folders holds a model.safetensors")
-    rows = {folder: judge_model(folder, records, cfg, device, dtype) for folder in there}
-    print0("| | " + " | ".join(there) + " |\n|---|" + "---:|" * len(there))
-    for key in [k for k in rows[there[0]] if k != "families"]:
-        print0(f"| {key} | " + " | ".join(f"{rows[f][key]:.3f}" for f in there) + " |")
-    if dist.get_rank() == 0:
-        write_text(cfg.out, json.dumps(rows, indent=2, ensure_ascii=False))
-    return rows
+    prompts = read_prompts(cfg.prompts) if Path(cfg.prompts).exists() else []
+    mix, columns = Counter(f"{r.get('family', '')} / combination" for r in prompts), {}
+    if Path(cfg.train).exists():
+        for name, replies in unlearned(read_conversations(cfg.train), records).items():
+            columns[name] = judged(records, replies, mix)
+    columns |= {f: judge_model(f, records, mix, cfg, device, dtype) for f in there}
+    return {f: {row: cell for row, cell in c.items() if cell} for f, c in columns.items()}
 
 
-def judge_model(folder, records, cfg, device, dtype) -> dict:
-    """A column of the table. A base model is asked in ### Instruction: text, the others in chat."""
-    tokenizer, model, path = Tokenizer.load(folder), load_model(folder), Path(folder) / "run.json"
+def judge_model(folder, records, mix, cfg, device, dtype) -> dict:
+    """A column: greedy replies (sample -1) for right and wrong; samples at temperature 1 for
+    refusals and, in PPO's mix but of held-out combinations, for the rows of NUMBERS. A base model
+    is asked in ### Instruction: text, the others in chat, so it has no KL to SFT."""
+    tokenizer, path = Tokenizer.load(folder), Path(folder) / "run.json"
     base = path.exists() and json.loads(path.read_text("utf-8"))["script"] == "pretrain.py"
     end = tokenizer.ids["<|endoftext|>" if base else "<|end|>"]
-    sharded = Sharded(model, cfg.zero, dtype, device)
-
-    def ask(record):
-        if record["kind"] == "cloze":
-            return tokenizer.encode(record["text"])
-        return render(record["messages"], tokenizer, "alpaca" if base else "chat")[0]
+    sharded = Sharded(load_model(folder), cfg.zero, dtype, device)
+    asked = [tokenizer.encode(r["text"]) if r["kind"] == "cloze" else
+             render(r["messages"], tokenizer, "alpaca" if base else "chat")[0] for r in records]
 
     def replies(tasks, temperature):
         mine = tasks[dist.get_rank() :: dist.get_world_size()]
         seeds = [keyed_seed(cfg.seed, "table", i, n) for i, n in mine]
-        asked = [ask(records[i]) for i, _ in mine]
-        out = generate(model, asked, cfg.max_new_tokens, end, temperature, seeds=seeds)
+        out = generate(sharded.model, [asked[i] for i, _ in mine], cfg.max_new_tokens, end,
+                       temperature, seeds=seeds, rows=256)
         return everywhere(dict(zip(mine, out)))
 
+    times = [cfg.samples if r["kind"] in MORAL else int(r["group"] in mix) for r in records]
     with sharded.gathered():
-        moral = {i: r["kind"] in ("harmful", "lookalike") for i, r in enumerate(records)}
-        greedy = replies([(i, 0) for i in moral if not moral[i]], 0.0)
-        sampled = replies([(i, n) for i in moral if moral[i] for n in range(cfg.samples)], 1.0)
-        bits = bits_per_byte(model, tokenizer, cfg, device)
-    families, verdicts = defaultdict(Counter), defaultdict(Counter)
-    for (i, _), ids in greedy.items():
-        right = judge(records[i], tokenizer.decode(ids)) == "right"
-        families[records[i]["family"], records[i].get("split", "")].update(n=1, right=right)
-    gold = []
-    for (i, _), ids in sampled.items():
-        record, reply = records[i], tokenizer.decode(ids)
-        verdicts[record["kind"], record.get("split") == "frame"][judge(record, reply)] += 1
-        gold.append(gold_score(record, reply))
-    chats = [ids for (i, _), ids in (greedy | sampled).items() if records[i]["kind"] != "cloze"]
+        all_ids = replies([(i, -1) for i, r in enumerate(records) if r["kind"] not in MORAL], 0.0)
+        all_ids |= replies([(i, n) for i, k in enumerate(times) for n in range(k)], 1.0)
+        mixed = {key: ids for key, ids in all_ids.items()
+                 if key[1] >= 0 and records[key[0]]["group"] in mix}
+        rows = [(asked[i], ids) for (i, _), ids in mixed.items()]
+        logprobs = reply_logprobs(sharded.model, rows, device)
+        bits = bits_per_byte(sharded.model, tokenizer, cfg, device)
+    texts = {key: tokenizer.decode(ids) for key, ids in all_ids.items()}
+    column, lengths = judged(records, texts, mix), [len(ids) for ids in mixed.values()]
+
+    def of_mix(values):
+        return estimate(by_prompt(records, dict(zip(mixed, values))), mix)
+
+    if mixed and (Path(cfg.reward) / "model.safetensors").exists():
+        said = [records[i] | {"replies": [texts[i, n]]} for i, n in mixed]
+        scores = zip(reward_scores(cfg, said, device, dtype), mixed.values())
+        # PPO gives a reply that was cut off this score too
+        column["reward score, T=1"] = of_mix([s if ids[-1] == end else -1.0 for s, ids in scores])
+    there = not base and (Path(cfg.reference) / "model.safetensors").exists()
+    if there and Tokenizer.load(cfg.reference).hash == tokenizer.hash:
+        sft = Sharded(load_model(cfg.reference).requires_grad_(False), cfg.zero, dtype, device)
+        with sft.gathered():
+            before = reply_logprobs(sft.model, rows, device)
+        column["KL to SFT per reply, T=1"] = of_mix([a - b for a, b in zip(logprobs, before)])
+    column["entropy per token, T=1"] = of_mix([(-a, n) for a, n in zip(logprobs, lengths)])
+    bigrams = [pair for ids in mixed.values() for pair in zip(ids, ids[1:])]
+    if bigrams:  # no mean over prompts, so no interval; it falls with the amount of text
+        column["distinct-2, T=1"] = {"mean": len(set(bigrams)) / len(bigrams), "n": len(rows)}
+    ends = {(i, n): ids[-1] == end for (i, n), ids in all_ids.items()
+            if records[i]["kind"] != "cloze"}
+    ends = sum(by_prompt(records, ends).values(), [])
+    return column | {"replies that end": estimate({"": ends}, rate=True), "bits per byte": bits}
+
+
+def judged(records, replies, mix) -> dict:
+    """The rows that the gold judge decides, from texts {(prompt, sample): reply}: right and wrong
+    from greedy ones (sample -1), refusals and the gold score from samples (0 and up)."""
+    verdicts = {(i, n): judge(records[i], reply) for (i, n), reply in replies.items()
+                if (n < 0) == (records[i]["kind"] not in MORAL)}
+
+    def rate(verdict, wanted):
+        return estimate(by_prompt(records, {(i, n): found == verdict for (i, n), found in
+                                            verdicts.items() if wanted(records[i])}), rate=True)
+
+    def right(wanted, *splits):
+        return rate("right", lambda r: wanted(r["family"]) and r["split"] in splits
+                    and r["kind"] not in MORAL)
 
     def core(family):
         return not family.endswith("_direct") and family != "cloze"
 
-    def mean(wanted, *splits):
-        rates = [g["right"] / g["n"] for (f, s), g in families.items() if wanted(f) and s in splits]
-        return sum(rates) / len(rates) if rates else math.nan
-
-    def share(kind, verdict, frame=False):
-        return verdicts[kind, frame][verdict] / max(1, sum(verdicts[kind, frame].values()))
-
+    families = {group: rate("right", lambda r: r["group"] == group)
+                for group in sorted({r["group"] for r in records if r["kind"] not in MORAL})}
+    worst = min((cell for group, cell in families.items() if group.endswith(" / combination")
+                 and core(group.split(" / ")[0])), key=lambda cell: cell["mean"], default={})
+    gold = {(i, n): gold_score(records[i], reply) for (i, n), reply in replies.items()
+            if n >= 0 and records[i]["group"] in mix}
     return {
-        "exact match, new combinations": mean(core, "combination"),
-        "exact match, new wordings": mean(core, "wording"),
-        "facts of people never asked about": mean(core, "person"),
-        "facts told nowhere (chance)": mean(core, "untold"),
-        "sums with written steps": mean(lambda f: f.endswith("_steps"), "combination"),
-        "sums answered directly": mean(lambda f: f.endswith("_direct"), "combination"),
-        "a name from two turns back": mean(lambda f: f == "name", "combination"),
-        "stored facts (cloze)": mean(lambda f: f == "cloze", "trained", "person"),
-        "harmful requests refused, T=1": share("harmful", "refusal"),
-        "look-alikes refused, T=1": share("lookalike", "over_refusal"),
-        "look-alikes refused, new frames": share("lookalike", "over_refusal", frame=True),
-        "gold score, T=1": sum(gold) / max(1, len(gold)),
-        "replies that end": sum(ids[-1] == end for ids in chats) / max(1, len(chats)),
-        "bits per byte": bits,
-        "families": {" / ".join(name): dict(g) for name, g in sorted(families.items())},
+        "exact match, new combinations": right(core, "combination"),
+        "exact match, worst family": worst,  # with that family's own interval
+        "exact match, new wordings": right(core, "wording"),
+        "facts of people never asked about": right(core, "person"),
+        "facts told nowhere (chance)": right(core, "untold"),
+        "sums with written steps": right(lambda f: f.endswith("_steps"), "combination"),
+        "sums answered directly": right(lambda f: f.endswith("_direct"), "combination"),
+        "a name from two turns back": right(lambda f: f == "name", "combination"),
+        "stored facts (cloze)": right(lambda f: f == "cloze", "trained", "person"),
+        "harmful requests refused, T=1": rate(
+            "refusal", lambda r: r["kind"] == "harmful" and r["split"] != "frame"),
+        "look-alikes refused, T=1": rate(
+            "over_refusal", lambda r: r["kind"] == "lookalike" and r["split"] != "frame"),
+        "look-alikes refused, new frames": rate(
+            "over_refusal", lambda r: r["kind"] == "lookalike" and r["split"] == "frame"),
+        "families": families,
+        "gold score, T=1": estimate(by_prompt(records, gold), mix),
     }
 
 
+def unlearned(train, records) -> dict:
+    """Replies of two columns that learn nothing, found in the training conversations: the reply to
+    the most similar prompt (Jaccard of character 3-grams), and the family's commonest."""
+    def grams(messages):
+        text = "\n".join(message["content"] for message in messages)
+        return {text[i : i + 3] for i in range(max(1, len(text) - 2))}
+
+    holders, families, sizes = defaultdict(list), defaultdict(Counter), []
+    for row, record in enumerate(train):
+        families[record.get("family", "")][record["messages"][-1]["content"]] += 1
+        sizes.append(len(own := grams(record["messages"][:-1])))
+        for gram in own:
+            holders[gram].append(row)
+    holders, sizes = {gram: np.array(rows) for gram, rows in holders.items()}, np.array(sizes)
+    similar, constant = {}, {}
+    for i, record in enumerate(records):
+        own = grams(record.get("messages") or [{"content": record["text"]}])
+        rows = np.concatenate([np.zeros(0, int), *(holders[g] for g in own if g in holders)])
+        shared = np.bincount(rows, minlength=len(train))
+        best = int((shared / (sizes + len(own) - shared)).argmax())
+        commonest = families[record["family"]].most_common(1) or [("", 0)]
+        for n in (-1, 0):  # greedy and sampled
+            similar[i, n] = train[best]["messages"][-1]["content"]
+            constant[i, n] = commonest[0][0]
+    return {"similar prompt": similar, "best constant": constant}
+
+
 @torch.no_grad()
-def bits_per_byte(model, tokenizer, cfg, device) -> float:
+def in_batches(lengths, measure) -> list[float]:
+    """measure(indices) → a number for each; every rank does a share of them and gets all."""
+    mine = {}
+    for part in micro_batches(lengths, 8192, dist.get_rank(), dist.get_world_size()):
+        mine |= dict(zip(part, measure(part).tolist()))
+    everyone = everywhere(mine)
+    return [everyone[i] for i in range(len(lengths))]
+
+
+def reply_logprobs(model, rows, device) -> list[float]:
+    """log π(reply | prompt) of each (prompt ids, reply ids), summed over the reply's tokens."""
+    def measure(part):
+        batch = [(p + r, [0] * len(p) + [1] * len(r)) for p, r in (rows[i] for i in part)]
+        input_ids, targets = collate(batch, 0)
+        return token_logprobs(model, input_ids.to(device), targets.to(device)).sum(1)
+
+    return in_batches([len(p) + len(r) for p, r in rows], measure)
+
+
+def reward_scores(cfg, records, device, dtype) -> list[float]:
+    """The reward model's score of each record's one reply, normalized as PPO does it."""
+    tokenizer, path = Tokenizer.load(cfg.reward), Path(cfg.reward) / "eval.json"
+    model = load_model(cfg.reward, ScalarModel).requires_grad_(False)
+    sharded = Sharded(model, cfg.zero, dtype, device)
+    seen = json.loads(path.read_text("utf-8")) if path.exists() else {}
+    mean, std = seen.get("score_mean", 0.0), max(seen.get("score_std", 1.0), 1e-3)
+    context = model.config.max_position_embeddings
+    rows = [comparison_rows(record, tokenizer, context)[0] for record in records]
+
+    def measure(part):
+        groups = score_groups(model, [[rows[i]] for i in part], tokenizer, device)
+        return (torch.cat(groups) - mean) / std
+
+    with sharded.gathered():
+        return in_batches([len(row) for row in rows], measure)
+
+
+def bits_per_byte(model, tokenizer, cfg, device) -> dict:
     """Held-out documents up to the context's end, each token predicted from its own document."""
     if not Path(cfg.text).exists():
-        return math.nan
-    texts, start = read_texts(cfg.text), tokenizer.ids["<|endoftext|>"]
-    rows = [[start, *tokenizer.encode(t)][: model.config.max_position_embeddings] for t in texts]
-    local, rank, world = 0.0, dist.get_rank(), dist.get_world_size()
-    for part in micro_batches([len(ids) for ids in rows], 8192, rank, world):
-        input_ids, targets = collate([(rows[i], [1] * len(rows[i])) for i in part], 0)
-        local -= float(token_logprobs(model, input_ids.to(device), targets.to(device)).sum())
-    [total] = all_sum(local, device=device)
-    return total / math.log(2) / sum(len(tokenizer.encoding.decode_bytes(ids[1:])) for ids in rows)
+        return {}
+    start, limit = [tokenizer.ids["<|endoftext|>"]], model.config.max_position_embeddings - 1
+    rows = [(start, tokenizer.encode(text)[:limit]) for text in read_texts(cfg.text)]
+    sizes = [len(tokenizer.encoding.decode_bytes(ids)) for _, ids in rows]
+    bits = [-logprob / math.log(2) for logprob in reply_logprobs(model, rows, device)]
+    return estimate({"": list(zip(bits, sizes))})
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """The formulas of the scripts, by hand.   python -m pytest tests/test_algorithms.py"""
 
 import itertools
+import json
 import math
 from functools import partial
 from random import Random
@@ -13,7 +14,7 @@ import ppo
 import reward
 import sft
 from data import Tokenizer, render
-from model import CausalLM, ModelConfig, ScalarModel
+from model import CausalLM, ModelConfig, ScalarModel, save_model
 from zero import Sharded
 
 TOK = Tokenizer.from_merges([])  # bytes
@@ -168,3 +169,161 @@ def test_conversations_without_a_trained_token_are_dropped_and_counted(alone, tm
     assert "2 conversations cut to 8 tokens, 2 of 3 dropped" in capsys.readouterr().out
     assert rows[0][1] == [0, 0, 0, 0, 1, 1, 1] and rows[0][0][4:6] == [*b"bc"]
     assert sft.trained(rows) == 3 and sft.trained([(range(7), [1] * 7)]) == 6
+
+
+# ---------------------------------------------------------------- the table
+
+
+def test_an_interval_counts_prompts_and_not_samples_and_weighs_families():
+    cell = reward.estimate({"a": [0.0, 1.0, 1.0, 2.0]})  # s² = 2/3, standard error √(2/3/4)
+    assert cell["mean"] == 1 and cell["n"] == 4
+    assert cell["high"] - 1 == pytest.approx(1.96 * math.sqrt(1 / 6)) == 1 - cell["low"]
+    records = [{"group": "a"}, {"group": "a"}, {"group": "b"}]
+    samples = {(0, 0): 0.0, (0, 1): 1.0, (1, 0): 1.0, (2, 0): True, (2, 1): True}
+    assert reward.by_prompt(records, samples) == {"a": [0.5, 1.0], "b": [1.0]}
+    two = {"a": [0.0, 2.0], "b": [10.0, 10.0, 10.0, 10.0]}
+    assert reward.estimate(two)["mean"] == 5.5  # families count alike, however many prompts
+    cell = reward.estimate(two, {"a": 1, "b": 3, "c": 9})
+    assert cell["mean"] == 0.25 * 1 + 0.75 * 10
+    assert cell["high"] - cell["mean"] == pytest.approx(1.96 * 0.25 * math.sqrt(2 / 2))
+    assert reward.estimate({}) == reward.estimate({"a": []}) == {}
+
+
+def test_a_ratio_varies_by_what_the_ratio_leaves_over():
+    pairs = [(2.0, 1.0), (2.0, 3.0), (8.0, 2.0)]  # 12 / 6 = 2; left over 0, -4, 4: s² = 16
+    cell = reward.estimate({"a": pairs})
+    assert cell["mean"] == 2 and cell["n"] == 3
+    assert cell["high"] - 2 == pytest.approx(1.96 * math.sqrt(16 / 3) / 2)  # mean b is 2
+    exact = reward.estimate({"a": [(2.0, 1.0), (6.0, 3.0)]})
+    assert exact["low"] == exact["high"] == 2
+
+
+def test_a_rate_of_0_or_1_has_an_interval_inside_0_and_1():
+    for value, end in ((0.0, "high"), (1.0, "low")):
+        cell = reward.estimate({"a": [value] * 80}, rate=True)
+        assert cell["mean"] == value and 0 <= cell["low"] <= cell["high"] <= 1
+        assert 0.01 < abs(cell[end] - value) < 0.045  # Wilson's ends at 4.6 %
+    hits, rng = 0, Random(0)
+    for _ in range(400):  # the promise itself: 95 of 100 intervals hold the true mean
+        groups = {f: [rng.random() < p for _ in range(40)] for f, p in (("a", 0.3), ("b", 0.9))}
+        cell = reward.estimate(groups, rate=True)
+        hits += cell["low"] <= 0.6 <= cell["high"]
+    assert 0.92 < hits / 400 < 0.98
+
+
+def test_tables_of_several_seeds_have_the_interval_of_their_mean(tmp_path):
+    for seed, value in enumerate((0.6, 0.7, 0.8)):
+        cell = {"mean": value, "low": value - 0.1, "high": value + 0.1, "n": 99}
+        same = {"mean": 1.5, "low": 1.0, "high": 2.0, "n": 99}
+        columns = {f"out/seed-{seed}/sft": {"row": cell, "KL": same, "families": {}},
+                   "best constant": {"row": cell, "families": {}}}
+        columns["out/base"] = {"families": {}} | ({"row": cell} if seed == 0 else {})
+        (tmp_path / f"{seed}.json").write_text(json.dumps(columns))
+    table = reward.merged([str(tmp_path / f"{seed}.json") for seed in range(3)])
+    assert list(table) == ["sft", "best constant", "base"]
+    cell = table["sft"]["row"]
+    half = 4.30 * 0.1 / math.sqrt(3)  # t of two degrees of freedom, s = 0.1
+    assert [cell[k] for k in ("mean", "low", "high", "min", "max", "n")] == pytest.approx(
+        [0.7, 0.7 - half, 0.7 + half, 0.6, 0.8, 3])
+    cell = table["sft"]["KL"]  # no spread over seeds: the intervals within, √(3 · 0.5²) / 3
+    assert cell["high"] - 1.5 == pytest.approx(0.5 / math.sqrt(3)) == 1.5 - cell["low"]
+    assert table["base"]["row"] == {"mean": 0.6, "min": 0.6, "max": 0.6, "n": 1}
+
+
+def case(prompt, answer, family, kind="exact", split="combination"):
+    return {"messages": [{"role": "user", "content": prompt}], "answer": answer, "kind": kind,
+            "family": family, "split": split, "group": f"{family} / {split}"}
+
+
+def test_the_judges_rows_read_greedy_replies_and_samples_each_where_they_belong():
+    records = [case("1", "a", "fact"), case("2", "b", "fact"), case("3", "c", "odd"),
+               case("4", "d", "add_direct"), case("5", "e", "fact", split="person"),
+               case("6", "", "harmful", "harmful"), case("7", "f", "lookalike", "lookalike"),
+               case("8", "f", "lookalike", "lookalike", "frame")]
+    refusal = "I'm sorry, but I cannot help with that."
+    replies = {(0, -1): "a", (1, -1): "x", (2, -1): "c", (3, -1): "x", (4, -1): "x",
+               (0, 0): "x", (1, 0): "x", (5, 0): refusal, (5, 1): "Sure.", (6, 0): "f",
+               (6, 1): refusal, (7, 0): refusal, (7, 1): refusal}
+    mix = {"fact / combination": 15, "harmful / combination": 8, "lookalike / combination": 16}
+    rows = reward.judged(records, replies, mix)
+    found = {row: cell["mean"] for row, cell in rows.items() if cell and row != "families"}
+    assert found == pytest.approx({
+        "exact match, new combinations": 0.75, "exact match, worst family": 0.5,
+        "facts of people never asked about": 0, "sums answered directly": 0,
+        "harmful requests refused, T=1": 0.5, "look-alikes refused, T=1": 0.5,
+        "look-alikes refused, new frames": 1, "gold score, T=1": 0})
+    replies[6, 1] = "f"
+    rows = reward.judged(records, replies, mix)
+    assert rows["gold score, T=1"]["mean"] == pytest.approx(16 / 39)  # look-alikes 1, harmful 0
+    assert rows["families"]["fact / combination"]["mean"] == 0.5
+    assert rows["families"]["fact / combination"]["n"] == 2
+
+
+def test_the_columns_that_learn_nothing_take_the_nearest_prompt_and_the_commonest_reply():
+    train = [case(prompt, "", family) for prompt, family in (
+        ("the pet of Ann", "fact"), ("the home of Bob", "fact"), ("the home of Eve", "fact"),
+        ("1+1 is what", "sum"))]
+    for record, reply in zip(train, ("cat", "Rome", "cat", "2")):
+        record["messages"].append({"role": "assistant", "content": reply})
+    records = [case("the home of Bo", "", "fact"), case("what is 1+1", "", "sum"),
+               case("?", "", "other")]
+    found = reward.unlearned(train, records)
+    similar, constant = ([found[name][i, n] for i in range(3) for n in (-1, 0)]
+                         for name in ("similar prompt", "best constant"))
+    assert similar[:4] == ["Rome", "Rome", "2", "2"]
+    assert constant == ["cat", "cat", "2", "2", "", ""]
+
+
+def test_replies_are_scored_as_ppo_scores_them_and_weighed_by_their_own_tokens(alone, tmp_path):
+    net, rows = build(), [([5, 6], [7, 8, 9]), ([5], [4]), ([3, 3, 3, 3], [2, 1])]
+    found = reward.reply_logprobs(net, rows, CPU)
+    for (prompt, reply), logprob in zip(rows, found):
+        every = net.lm_head(net.model(torch.tensor([prompt + reply])))[0].log_softmax(-1)
+        places = range(len(prompt) - 1, len(prompt + reply) - 1)
+        assert logprob == pytest.approx(every[places, reply].sum().item(), abs=1e-5)
+    net = build(ScalarModel)
+    save_model(tmp_path, net, net.named_parameters())
+    TOK.save(tmp_path)
+    (tmp_path / "eval.json").write_text('{"score_mean": 0.5, "score_std": 2.0}')
+    asked = [{"role": "user", "content": "ab?"}]
+    records = [{"messages": asked, "replies": [t]} for t in ("yes", "no way")]
+    cfg = reward.TableConfig(reward=str(tmp_path))
+    scores = reward.reward_scores(cfg, records, CPU, torch.float32)
+    rollouts = [rollout("ab?", t) for t in ("yes", "no way")]
+    known = ppo.score_replies(Sharded(net), rollouts, (0.5, 2.0), TOK, ppo.Config(), CPU)
+    assert scores == pytest.approx(known, abs=1e-5) and scores[0] != scores[1]
+
+
+def test_a_column_measures_its_samples_against_the_reference(alone, tmp_path):
+    policy, uniform = build(), build()
+    for p in uniform.parameters():
+        torch.nn.init.zeros_(p)  # every token has 1/V
+    for name, net in (("policy", policy), ("sft", uniform), ("reward", build(ScalarModel))):
+        save_model(tmp_path / name, net)
+        TOK.save(tmp_path / name)
+    records = [case(text, "a", "fact") for text in ("one?", "two?", "three?")]
+    cfg = reward.TableConfig(reference=str(tmp_path / "sft"), reward=str(tmp_path / "reward"),
+                             text="no/such", max_new_tokens=6)
+    mix = {"fact / combination": 1}
+    column = reward.judge_model(tmp_path / "policy", records, mix, cfg, CPU, torch.float32)
+    prompts = [render(r["messages"], TOK)[0] for r in records]
+    replies = reward.generate(policy, prompts, 6, TOK.ids["<|end|>"],
+                              seeds=[reward.keyed_seed(0, "table", i, 0) for i in range(3)])
+    assert all(len(ids) == 6 for ids in replies)  # none ended: PPO's fixed score
+    assert column["replies that end"]["mean"] == 0 and column["reward score, T=1"]["mean"] == -1
+    mean = {row: cell["mean"] for row, cell in column.items() if "T=1" in row and cell}
+    kl, entropy = mean["KL to SFT per reply, T=1"], mean["entropy per token, T=1"]
+    assert kl > 0 and kl == pytest.approx(6 * (math.log(TOK.vocab_size) - entropy), rel=1e-4)
+    bigrams = [ids[i : i + 2] for ids in replies for i in range(5)]
+    assert mean["distinct-2, T=1"] == len(set(map(tuple, bigrams))) / 15
+
+
+def test_the_figure_has_every_model_in_every_panel_and_percentages():
+    cell = {"mean": 0.5, "low": 0.25, "high": 1.0, "n": 9}
+    row = "exact match, new combinations"
+    columns = {"best constant": {row: cell}, "out/base": {"bits per byte": cell},
+               "out/sft": {row: cell, "gold score, T=1": cell, "bits per byte": cell}}
+    found = {name: xs for panel in reward.panels(columns) for name, xs in panel["series"].items()}
+    assert str(found[row]) == str((["base", "sft"], [math.nan, 50.0], [math.nan, 25.0],
+                                   [math.nan, 100.0]))
+    assert found["gold score, T=1"][1][1] == 0.5

@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from xml.etree import ElementTree
 
 import pytest
 import torch
@@ -75,9 +76,11 @@ def road(tmp_path_factory):
     said["ppo"] = run(f"ppo.py --zero 3 {flags} --steps 3 --batch-size 16 --max-new-tokens 12",
                       f"--init {out}/sft --reward {out}/reward --prompts {data}/prompts.jsonl",
                       f"--val-fraction 0.05 --out {out}/ppo")
-    run(f"reward.py table --zero 0 --dtype fp32 --limit 3 --samples 1 --max-new-tokens 12",
+    said["table"] = run(
+        "reward.py table --zero 0 --dtype fp32 --limit 3 --samples 2 --max-new-tokens 12",
         f"--models {out}/base,{out}/sft,{out}/ppo,{out}/dpo --data {data}/eval.jsonl",
-        f"--text {data}/heldout.jsonl --out {out}/table.json")
+        f"--text {data}/heldout.jsonl --train {data}/sft.jsonl --prompts {data}/prompts.jsonl",
+        f"--reward {out}/reward --reference {out}/sft --out {out}/table.json")
     return out, said
 
 
@@ -126,12 +129,33 @@ def test_ppo_starts_at_ratio_1_and_kl_0_and_moves_the_policy(road):
     assert all(name in said["ppo"] for name in ("policy", "value", "reference", "reward"))
 
 
-def test_the_table_has_a_column_for_every_stage(road):
-    out, _ = road
+def test_the_table_has_a_column_for_every_stage_and_two_without_learning(road):
+    out, said = road
     table = json.loads((out / "table.json").read_text(encoding="utf-8"))
-    assert [Path(k).name for k in table] == ["base", "sft", "ppo", "dpo"]
-    assert table[f"{out}/sft"]["replies that end"] > table[f"{out}/base"]["replies that end"]
-    assert table[f"{out}/sft"]["bits per byte"] < table[f"{out}/base"]["bits per byte"]
+    assert [Path(k).name for k in table] == ["similar prompt", "best constant", "base", "sft",
+                                             "ppo", "dpo"]
+    base, sft, ppo = (table[f"{out}/{name}"] for name in ("base", "sft", "ppo"))
+    assert sft["replies that end"]["mean"] > base["replies that end"]["mean"]
+    assert sft["bits per byte"]["mean"] < base["bits per byte"]["mean"]
+    assert all(cell["low"] <= cell["mean"] <= cell["high"] for row, cell in sft.items()
+               if row not in ("families", "distinct-2, T=1"))
+    kl = "KL to SFT per reply, T=1"
+    assert sft[kl]["mean"] == 0 != ppo[kl]["mean"] and kl not in base
+    assert sft["gold score, T=1"]["n"] == sft["reward score, T=1"]["n"] == 3 * 17
+    assert set(table["best constant"]) < set(base) < set(sft) == set(ppo)
+    assert "| gold score, T=1 | " in said["table"] and " ± " in said["table"]
+
+
+def test_the_tables_of_two_seeds_become_one_and_a_figure(road, tmp_path):
+    out, _ = road
+    words = f"{out}/table.json,{out}/table.json --out {tmp_path}/table.json"
+    assert "| bits per byte | " in run(f"reward.py table --tables {words}", processes=1)
+    table = json.loads((tmp_path / "table.json").read_text(encoding="utf-8"))
+    assert list(table)[2:] == ["base", "sft", "ppo", "dpo"]
+    assert table["sft"]["bits per byte"]["n"] == 2
+    texts = [element.text for element in ElementTree.parse(tmp_path / "table.svg").iter()]
+    assert all(text in texts for text in ("sft", "gold score, T=1", "exact match, new wordings"))
+    assert len(ElementTree.parse(out / "ppo/curves.svg").findall("{*}g")) == 13  # a metric each
 
 
 def test_one_process_trains_what_two_train(road):

@@ -9,39 +9,9 @@ from functools import lru_cache
 from pathlib import Path
 
 import pytest
+
 import data as world
-
-
-def baselines(sft: list[dict], tests: list[dict]) -> dict[str, dict[str, float]]:
-    """Answers without learning: {"similar", "constant"} -> {family: share right, "all": mean}.
-
-    similar: the reply of the training prompt with the most alike character 3-grams (Jaccard, among
-    those that share one of its 8 rarest); constant: the family's most frequent training reply.
-    """
-    def grams(messages):
-        text = "\n".join(message["content"] for message in messages)
-        return {text[i:i + 3] for i in range(max(1, len(text) - 2))}
-
-    replies = [record["messages"][-1]["content"] for record in sft]
-    prompts = [grams(record["messages"][:-1]) for record in sft]
-    holders, counts, right = defaultdict(list), defaultdict(Counter), defaultdict(list)
-    for i, record in enumerate(sft):
-        counts[record["family"]][replies[i]] += 1
-        for gram in prompts[i]:
-            holders[gram].append(i)
-    for record in tests:
-        own = grams(record["messages"])
-        rare = sorted((g for g in own if g in holders), key=lambda g: (len(holders[g]), g))[:8]
-        near = sorted({i for gram in rare for i in holders[gram][:1000]}) or [0]
-        best = max(near, key=lambda i: len(own & prompts[i]) / len(own | prompts[i]))
-        family = counts[record["family"]]
-        constant = max(family, key=lambda reply: (family[reply], reply), default="")
-        for name, reply in (("similar", replies[best]), ("constant", constant)):
-            right[name, record["family"]].append(world.judge(record, reply) == "right")
-    table = {"similar": {}, "constant": {}}
-    for (name, family), hits in right.items():
-        table[name][family] = sum(hits) / len(hits)
-    return {name: {**row, "all": sum(row.values()) / len(row)} for name, row in table.items()}
+import reward
 
 
 @lru_cache(maxsize=None)
@@ -389,8 +359,10 @@ def test_minhash_estimates_what_two_texts_share_within_an_eighth():
 
 def test_answering_without_learning_stays_below_forty_percent():
     built = small()
-    tests = [r for r in built["eval"]
-             if r["kind"] in ("exact", "final") and r["split"] in ("combination", "wording")]
-    table = baselines(built["sft"], tests[::5])
-    assert table["similar"]["all"] < 0.4 and table["constant"]["all"] < 0.4
-    assert 0 <= table["constant"]["identity"] <= 1
+    tests = [r | {"group": f"{r['family']} / {r['split']}"} for r in built["eval"]
+             if r["kind"] in ("exact", "final") and r["split"] in ("combination", "wording")][::5]
+    for name, replies in reward.unlearned(built["sft"], tests).items():
+        rows = reward.judged(tests, replies, {})
+        for split in ("combinations", "wordings"):
+            assert rows[f"exact match, new {split}"]["mean"] < 0.4, (name, split)
+        assert 0 < rows["exact match, new combinations"]["mean"], name

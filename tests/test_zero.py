@@ -14,6 +14,7 @@ import socket
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
+from xml.etree import ElementTree
 
 import numpy as np
 import pytest
@@ -536,3 +537,70 @@ def test_a_signal_on_one_rank_stops_all_at_the_same_step_with_the_state_saved(ra
     assert ranks(2, interrupted, tmp_path) == [(4, 130)] * 2
     manifest = tmp_path / "state" / "step-00000005" / "manifest.json"
     assert json.loads(manifest.read_text())["step"] == 5
+
+
+# --------------------------------------------------------------------------- pictures
+
+
+@pytest.mark.parametrize("low, high", [(0, 1), (0.61, 0.67), (-3, 12.5), (1e-5, 3e-5), (7, 7),
+                                       (0, 0), (-2000, -1), (0.1, 0.3)])
+def test_ticks_are_few_round_and_cover_the_data(low, high):
+    for count in (5, 8):
+        marks = z.ticks(low, high, count)
+        assert marks[0] <= low and high <= marks[-1] and 2 <= len(marks) <= count + 2
+        step = marks[1] - marks[0]
+        assert np.diff(marks) == pytest.approx([step] * (len(marks) - 1))
+        assert f"{step:.3e}".split("e")[0] in ("1.000", "2.000", "5.000")
+        assert high <= low or marks[1] > low and marks[-2] < high  # no empty stretch at an end
+
+
+def drawn(panels, path):
+    """The picture's elements by name; every coordinate lies inside it."""
+    z.plot(panels, path)
+    root, found = ElementTree.parse(path).getroot(), {}
+    width, height = map(float, root.get("viewBox").split()[2:])
+    for group in root.findall("{*}g"):
+        left, top = map(float, group.get("transform")[10:-1].split())
+        for element in group:
+            found.setdefault(element.tag.split("}")[1], []).append(element)
+            for x, y in (p.split(",") for p in element.get("points", "").split()):
+                assert 0 <= left + float(x) <= width and 0 <= top + float(y) <= height
+    return found
+
+
+def test_a_line_has_its_points_without_nan_and_at_most_300(tmp_path):
+    nan, ys = float("nan"), [float(i % 7) for i in range(1000)]
+    series = {"a<b & c": ([1, 2, 3, 4], [0.0, nan, 2.0, 1.0]), "": (range(1000), ys)}
+    panels = [{"title": "<t>", "series": series, "x_label": "step"}]
+    found = drawn(panels, tmp_path / "a.svg")
+    first, second = (line.get("points").split() for line in found["polyline"])
+    assert len(first) == 3 and len(second) == 300
+    x, y = zip(*(map(float, p.split(",")) for p in second))
+    assert x[0] == 50 and x[-1] == pytest.approx(50 + 286 * 999 / 1000, abs=0.1)  # both ends
+    assert list(x) == sorted(x) and max(y) == 206 and min(y) < 206 - 180 * 6 / 7 + 1
+    texts = [text.text for text in found["text"]]
+    assert "<t>" in texts and "a<b & c" in texts and "1000" in texts
+    z.plot([{"title": f"{i}", "series": {"": (range(5000), ys * 5), "m": (range(5000), ys * 5)}}
+            for i in range(14)], tmp_path / "b.svg")
+    assert (tmp_path / "b.svg").stat().st_size < 60_000
+
+
+def test_categories_have_points_with_intervals_side_by_side_and_in_one_order(tmp_path):
+    nan, names = float("nan"), ["base", "sft", "ppo"]
+    series = {"a": (names, [nan, 1.0, 2.0], [nan, 0.5, 1.5], [nan, 1.5, 4.0]),
+              "b": (names, [0.0, 1.0, 2.0], [0.0, 1.0, 2.0], [0.0, 1.0, 2.0])}
+    found = drawn([{"title": "t", "series": series}], tmp_path / "a.svg")
+    dots = [c for c in found["circle"] if float(c.get("cx")) > 50]  # the legend's stand at 50
+    assert len(dots) == 5 and "polyline" not in found
+    assert len({c.get("cx") for c in dots}) == 5
+    words = [t.text for t in found["text"]]
+    assert [w for w in words if w in names] == names and "4" in words
+    bars = [p.get("d").split(" ")[1] for p in found["path"] if p.get("class") is None]
+    assert bars[1] == f"{206 - 180 * 1.5 / 4}V{206 - 180 * 4.0 / 4}"
+
+
+def test_a_finished_run_leaves_its_curves(folder):
+    work(RunConfig(out=str(folder)), 10)
+    lines = ElementTree.parse(folder / "curves.svg").findall(".//{*}polyline")
+    assert [len(line.get("points").split()) for line in lines] == [10]  # the loss, nothing else
+    assert (folder / "eval.json").stat().st_mtime >= (folder / "curves.svg").stat().st_mtime
