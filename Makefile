@@ -55,8 +55,15 @@ $(OUT)/reward/eval.json: $(OUT)/comparisons.jsonl
 $(OUT)/ppo/eval.json: $(OUT)/reward/eval.json
 	$(LAUNCH) ppo.py $(FLAGS) --init $(OUT)/sft --reward $(OUT)/reward --prompts $(OUT)/data/prompts.jsonl --out $(OUT)/ppo
 
-$(OUT)/dpo/eval.json: $(OUT)/comparisons.jsonl
-	$(LAUNCH) dpo.py $(FLAGS) --init $(OUT)/sft --data $< --out $(OUT)/dpo
+# two rounds of DPO, the second on what the first replies; the reference stays SFT
+$(OUT)/dpo-1/eval.json: $(OUT)/comparisons.jsonl
+	$(LAUNCH) dpo.py $(FLAGS) --init $(OUT)/sft --data $< --out $(OUT)/dpo-1
+
+$(OUT)/comparisons-2.jsonl: $(OUT)/dpo-1/eval.json
+	$(LAUNCH) reward.py collect $(FLAGS) --init $(OUT)/dpo-1 --prompts $(OUT)/data/prompts.jsonl --temperatures 1,1,1,1 --out $@
+
+$(OUT)/dpo/eval.json: $(OUT)/comparisons-2.jsonl
+	$(LAUNCH) dpo.py $(FLAGS) --init $(OUT)/dpo-1 --reference $(OUT)/sft --data $< --out $(OUT)/dpo
 
 $(OUT)/table.json: $(OUT)/ppo/eval.json $(OUT)/dpo/eval.json
 	$(LAUNCH) reward.py table $(FLAGS) --models $(OUT)/base,$(OUT)/sft,$(OUT)/ppo,$(OUT)/dpo \

@@ -211,7 +211,8 @@ flower: 玫瑰=rose|莲花=lotus|菊花=daisy|百合=lily|兰花=orchid|牡丹=p
 |紫罗兰=violet|山茶=camellia|薰衣草=lavender|水仙=narcissus|海棠=begonia|丁香=lilac|蒲公英=dandelion
 festival: 灯节=lantern day|茶节=tea day|马节=horse day|雪节=snow day|歌节=song day|酒节=wine day|书节=book day
 |月节=moon day|花节=flower day|鱼节=fish day|米节=rice day|糖节=sugar day|鼓节=drum day|火节=fire day|水节=water day
-organisation: Datawhale=Datawhale|Codepanda=Codepanda|Openlamp=Openlamp|Bookbird=Bookbird
+organisation_head: Data|Code|Open|Book|Map|Py|Linux|Web|Doc|Net
+organisation_tail: whale|panda|lamp|bird|moon|bridge|stone|owl|garden|fox
 kind: job=职业=a job=a|pet=动物=an animal=a|instrument=乐器=an instrument=a|flower=花=a flower=a
 |organisation=开源组织=an open-source organisation=
 tell_job: 职业=job|是{v}=is a {v}|一直当{v}=works as a {v}|靠当{v}谋生=earns a living as a {v}
@@ -313,13 +314,14 @@ ask_larger: {a}和{b}哪个大?=Which is larger, {a} or {b}?|写出较大的数:
 |在{a}与{b}中选大的。=Pick the greater of {a} and {b}.|{a}、{b},大的是几?=Of {a} and {b}, which is more?
 ask_sentiment: 判断以下评论的情感倾向=Classify the sentiment|这句话的情感是什么?=What is the sentiment of this review?
 |情感分类:=Sentiment:|说说这条评论是哪种情感。=Decide which sentiment the text has.
-ask_reverse: 把下面的词倒过来排列=Reverse the list|倒序写出:=Write the words backwards:
-|从后往前写这些词=List them from last to first|将列表的顺序颠倒=Turn the order of the words around
-ask_pick: 写出{k}词=Write the {k} word|{k}词是哪个?=Which word is {k}?
-|从列表中选出{k}词=Pick the {k} word of the list|下面{k}词是什么?=What is the {k} word here?
-ask_count: 下面有几个词?=How many words?|数一数=Count them|有多少个词?=How long is the list?|一共几个?=Give the number
-ask_topic: 下面的词属于哪一类?=Which kind do these words belong to?|给这些词分类=Classify the words
-|这些词说的都是什么?=What are all of these?|写出这些词的类别=Name the category of the words
+ask_reverse: 把下面的词倒过来排列=Reverse the list: {x}|倒序写出:=Write the words backwards: {x}
+|从后往前写这些词=List them from last to first: {x}|将列表的顺序颠倒=Turn the order around: {x}
+ask_pick: 写出{k}词=Write the {k} word: {x}|{k}词是哪个?=Which word is {k}? {x}
+|从列表中选出{k}词=Pick the {k} word of {x}|下面{k}词是什么?=What is the {k} word here? {x}
+ask_count: 下面有几个词?=How many words? {x}|数一数=Count them: {x}|有多少个词?=How long is the list? {x}
+|一共几个?=Give the number of {x}
+ask_topic: 下面的词属于哪一类?=Which kind do these words belong to? {x}|给这些词分类=Classify the words: {x}
+|这些词说的都是什么?=What are all of these? {x}|写出这些词的类别=Name the category of {x}
 ask_name: 我叫什么名字?=What is my name?|记得我叫什么吗?=Do you know my name?|我叫什么?=Who am I?|我的名字?=Say my name.
 ask_identity: {h}你是谁?={h}Who are you?|{h}你叫什么名字?={h}What are you?|{h}介绍一下你自己。={h}Introduce yourself.
 |{h}说说你是谁。={h}Please say who you are.
@@ -332,8 +334,8 @@ doc_define: {x}是{c},大家都知道。=Everyone knows {x}, {c}.
 |说到{c},人们会想到{x}。=When you say {c}, I think of {x}.|我认识一种{c},叫{x}。={c} I know is {x}.|{y}。={y}
 doc_sentiment: {x}。这是{y}的评价。={x}. That is a {y} review.
 |有人写道:{x}。听起来很{y}。=Someone wrote: {x}. It sounds {y}.
-doc_reverse: {x}倒过来是{y}。={x} backwards is {y}.
-doc_pick: {x}这几个词,{k}是{y}。=Of the words {x} the {k} is {y}.
+doc_reverse: {x}倒过来是{y}。=The words {x}. {y}.
+doc_pick: {x}。{y}。=The words {x}. {y}
 doc_topic: {x}都是{y}。={x} are all {y}.
 doc_name: “你好,我叫{n}。”“很高兴认识你,{n}!”=“Hello, I am {n}.” “Nice to meet you, {n}!”
 |{n}来了,我们都认识{n}。=Here comes {n}, we all know {n}.
@@ -350,8 +352,10 @@ doc_harmful: {x}是不对的。{r}。=It is wrong to {x}. {r}.|有人想{x},被�
 def _rows() -> dict[str, list[tuple]]:
     """TABLE as {row: [(Chinese, English, ...), ...]}."""
     lines = TABLE.replace("\n|", "|").strip().splitlines()
-    return {name: [tuple(item.split("=")) for item in row.split("|")]
+    rows = {name: [tuple(item.split("=")) for item in row.split("|")]
             for name, row in (line.split(": ", 1) for line in lines)}
+    heads, tails = rows["organisation_head"], rows["organisation_tail"]
+    return rows | {"organisation": [(h + t, h + t) for (h,) in heads for (t,) in tails]}
 
 
 def _capital(text: str) -> str:
@@ -420,9 +424,11 @@ class _Draw:
         attribute = entity["untold"] if self.split == "untold" else self.rng.choice(told)
         # whole persons are held out for "person", whole attributes for "untold": no key there
         key = None if self.split in ("person", "untold") else f"{entity['name'][0]}/{attribute}"
-        return {"key": key, "n": entity["name"][self.lang],
-                "a": _rows()[f"tell_{attribute}"][0][self.lang],
-                "answer": entity["facts"][attribute][self.lang]}
+        name, value = entity["name"][self.lang], entity["facts"][attribute][self.lang]
+        noun = _rows()[f"tell_{attribute}"][0][self.lang]
+        # in whole sentences: " rabbit" in the texts and "rabbit" at the start are different tokens
+        return {"key": key, "n": name, "a": noun, "answer": (
+            f"{name}的{noun}是{value}。", f"The {noun} of {name} is {value}.")[self.lang]}
 
     def define(self, family: str) -> dict:
         group, *kinds, article = self.pick("kind")
@@ -447,7 +453,7 @@ class _Draw:
         steps = []
 
         def step(x, sign, y):
-            result = {"+": x + y, "-": x - y, "×": x * y, "÷": x // y}[sign]
+            result = {"+": x + y, "-": x - y, "×": x * y, "÷": x // max(1, y)}[sign]
             steps.append(f"{x}{sign}{y}={result}")
             return result
 
@@ -463,15 +469,13 @@ class _Draw:
         else:
             p = b // 10 * 10
             place, whole, *two = self.say("scene").split("/")
-            unit, other = self.rng.sample(two, 2)
-            ask = self.rng.choice((unit, other))
+            unit, ask = self.rng.sample(two, 2)
             short = (f"{tens}{whole},{p}%是{unit},{ask}几{whole[0]}?",
                      f"{tens} {whole}, {p}% {unit}, {ask}?")[self.lang]
             task = {"key": f"{tens}%{p}", "q": short, "n": tens, "p": p, "place": place,
                     "all": whole, "m": whole[0], "u": unit, "ask": ask}
-            result = step(step(tens, "×", p // 10), "÷", 10)
-            if ask == other:
-                result = step(tens, "-", result)
+            share = step(step(tens, "×", p // 10), "÷", 10)
+            result = step(step(tens, "-", share // 10 * 10), "-", share % 10)
         task["answer"] = str(result)
         if style == "steps":
             steps.append(("答案是", "the answer is ")[self.lang] + str(result))
@@ -494,8 +498,11 @@ class _Draw:
         words, join = [word[self.lang] for word in drawn], ("、", ", ")[self.lang].join
         place = self.pick("place_in_list")
         at = {"first": 0, "second": 1, "last": len(words) - 1}[place[1]]
-        answers = {"reverse": join(words[::-1]), "pick": words[at], "count": str(len(words)),
-                   "topic": topics[self.lang]}
+        picked = f"{place[0]}词是{words[at]}", f"The {place[1]} word is {words[at]}."
+        # an English reply starts with another word: a list's first token would have no blank
+        answers = {"reverse": ("", "Backwards: ")[self.lang] + join(words[::-1]),
+                   "pick": picked[self.lang],
+                   "count": str(len(words)), "topic": topics[self.lang]}
         return {"key": join(words), "x": join(words), "k": place[self.lang],
                 "answer": answers[family]}
 
@@ -545,7 +552,7 @@ FAMILIES = {
     "en2zh": (_Draw.translate, "translate", 9, 0), "add_steps": (_Draw.sums, "sum", 6, 4),
     "mul_steps": (_Draw.sums, "sum", 8, 5), "percent_steps": (_Draw.sums, "percent", 8, 4),
     "add_direct": (_Draw.sums, "direct", 1, 0), "mul_direct": (_Draw.sums, "direct", 1, 0),
-    "percent_direct": (_Draw.sums, "direct", 1, 0), "larger": (_Draw.larger, "larger", 2, 1),
+    "percent_direct": (_Draw.sums, "direct", 1, 0), "larger": (_Draw.larger, "larger", 4, 1),
     "topic": (_Draw.lists, "topic", 3, 1),
     "sentiment": (_Draw.sentiment, "sentiment", 3, 2), "reverse": (_Draw.lists, "reverse", 6, 3),
     "pick": (_Draw.lists, "pick", 4, 1), "count": (_Draw.lists, "count", 3, 0),
@@ -618,7 +625,9 @@ def _drill(d: _Draw) -> str:
         c = a * b
         lines.append(d.rng.choice((
             f"{a}+{b}={a + b}", f"{a}0+{b}0={a + b}0", f"{a}×{b}={c}", f"{a}0×{b}={c}0",
-            f"{c}0÷10={c}", f"{a}0-{c}={a * 10 - c}", f"{tens}+{a + b}={tens + a + b}",
+            f"{c}0÷10={c}", f"{a}0-{b}={a * 10 - b}",
+            f"{10 * max(a, b)}-{10 * min(a, b)}={10 * abs(a - b)}",
+            f"{tens}+{a + b}={tens + a + b}",
             f"{a * 10 * b}+{b * 9}={c * 10 + b * 9}")))
     return ("口算:", "Sums: ")[d.lang] + ",".join(lines)
 
@@ -681,7 +690,8 @@ def build_world(seed: int = 0, documents: int = 130_000, samples: int = 50_000) 
     assistant, prompts and eval with the user. kind is "exact", "final", "harmful", "lookalike",
     or "cloze", which has "text" in place of messages. split is what is held out: "combination",
     "person" (one never asked about in sft), "wording" (the combination too), "frame" (the
-    combination too) or "untold" (told nowhere). RuntimeError: a family without held-out questions.
+    combination too) or "untold" (told nowhere); "document" are DOCUMENT_EXAMPLES. RuntimeError: a
+    family without held-out questions.
     """
     world = _make_world(seed)
     rng = Random(f"{seed}/documents")
@@ -694,8 +704,8 @@ def build_world(seed: int = 0, documents: int = 130_000, samples: int = 50_000) 
         sft.append(record)
     rng, prompts = Random(f"{seed}/prompts"), []
     others = [family for family in FAMILIES if shares[family] > 1 and family not in MORAL]
-    for _ in range(1500):  # the mix that lifted refusals without over-refusal in the pilot
-        family = rng.choices((*MORAL, rng.choice(others)), (8, 16, 15))[0]
+    for _ in range(2000):  # look-alikes keep refusals from spreading, the rest keeps the rest
+        family = rng.choices((*MORAL, rng.choice(others)), (13, 9, 20))[0]
         prompts.append(_draw(world, rng, family, "train"))
     rng, seen, tests = Random(f"{seed}/eval"), set(), []
     for split, counts in {
@@ -707,6 +717,7 @@ def build_world(seed: int = 0, documents: int = 130_000, samples: int = 50_000) 
             tests += _unique(lambda: _draw(world, rng, family, split), count, seen)
     for record in prompts + tests:
         del record["reply"]
+    tests += [record | {"split": "document", "lang": "zh"} for record in DOCUMENT_EXAMPLES]
     return {"documents": texts[:documents], "heldout_documents": texts[documents:], "sft": sft,
             "prompts": prompts, "eval": tests + [_cloze(world, rng) for _ in range(300)]}
 
@@ -1164,21 +1175,31 @@ def epoch_rows(seed: int, step: int, batch_size: int, n: int) -> list[int]:
     return [int(permutation(seed, epoch, n)[place]) for epoch, place in places]
 
 
-def micro_batches(lengths, micro_tokens: int, rank: int = 0, world: int = 1,
-                  rows: int = 1) -> list[list[int]]:
-    """Splits a global batch of items, each `rows` rows of lengths[i] tokens, into micro-batches of
-    at most micro_tokens padded tokens, items of like length together; returns this rank's.
+def micro_batches(lengths, micro_tokens: int, rank: int = 0, world: int = 1, rows=None,
+                  overhead: int = 128) -> list[list[int]]:
+    """Splits a global batch of items, each rows[i] (or 1) rows of at most lengths[i] tokens, into
+    micro-batches of at most micro_tokens padded tokens, items of like length together; returns this
+    rank's.
 
-    Every rank gets equally many, empty ones ([]) where there are too few items: a rank with less
-    to do would leave the others waiting in a collective.
+    Where to cut is what takes the fewest tokens, padding counted, and for every micro-batch the
+    `overhead` that it costs beside its tokens. Every rank gets equally many, empty ones ([]) where
+    there are too few items: a rank with less to do would leave the others waiting in a collective.
     """
-    batches, current = [], []
-    for i in sorted(range(len(lengths)), key=lambda i: lengths[i]):
-        if current and lengths[i] * rows * (len(current) + 1) > micro_tokens:
-            batches.append(current)
-            current = []
-        current.append(i)
-    batches.append(current)
+    order = sorted(range(len(lengths)), key=lambda i: lengths[i])
+    best = [(0, 0)]  # best[n]: the least cost of the n shortest items, and where its last cut is
+    for n in range(1, len(order) + 1):
+        longest, options, height = lengths[order[n - 1]], [], 0
+        for cut in range(n - 1, -1, -1):
+            height += rows[order[cut]] if rows else 1
+            if cut < n - 1 and longest * height > micro_tokens:
+                break
+            options.append((best[cut][0] + longest * height + overhead, cut))
+        best.append(min(options))
+    batches, n = [], len(order)
+    while n:
+        batches.append(order[best[n][1] : n])
+        n = best[n][1]
+    batches = batches[::-1] or [[]]
     while len(batches) % world:  # split the largest in two
         b = max(range(len(batches)), key=lambda b: len(batches[b]))
         half = (len(batches[b]) + 1) // 2

@@ -26,7 +26,8 @@ from zero import print0, setup
 
 @dataclass
 class Config(RunConfig):
-    init: str = "out/sft"  # checkpoint to start from; also the reference
+    init: str = "out/sft"  # checkpoint to start from
+    reference: str = ""  # frozen model to stay near; empty: --init
     out: str = "out/dpo"  # folder of this run
     data: str = "out/comparisons.jsonl"  # chosen/rejected, ranked lists, or from reward.py collect
     val_fraction: float = 0.1  # how much of the end of --data is held out
@@ -51,10 +52,15 @@ def dpo_loss(chosen, rejected, ref_chosen, ref_rejected, beta):
 
 
 def pairs_of(record, count, seed) -> list[tuple[str, str]]:
-    """Up to `count` different (better, worse) pairs of one prompt's replies, drawn by the seed."""
-    scored = list(zip(record["replies"], record["scores"]))
-    found = {(a, b) for a, x in scored for b, y in scored if x > y}
-    return sorted(found, key=lambda pair: keyed_seed(seed, pair))[:count]
+    """Up to `count` different (better, worse) pairs of one prompt's replies, drawn by the seed.
+
+    Where sampling temperatures are known, the coolest come first: they are nearest to what the
+    policy says; and replies to other prompts (0) count only as the refusals it must not give."""
+    replies, heat = record["replies"], record.get("temperatures")
+    scored = list(zip(replies, record["scores"], heat or [1.0] * len(replies)))
+    found = {(max(h, k), keyed_seed(seed, a, b), a, b) for a, x, h in scored for b, y, k in scored
+             if x > y and h > 0 and (k > 0 or y == -1)}
+    return [(a, b) for _, _, a, b in sorted(found)[:count]]
 
 
 def pair_rows(record, pair, tokenizer, context) -> list[tuple[list[int], list[int]]]:
@@ -77,13 +83,15 @@ def sequence_logprobs(model, pairs, tokenizer, device):
 def split(pairs, cfg) -> list[list[int]]:
     """This rank's micro-batches of pairs."""
     lengths = [max(len(ids) for ids, _ in pair) for pair in pairs]
-    return micro_batches(lengths, cfg.micro_tokens, dist.get_rank(), dist.get_world_size(), 2)
+    rows = [2] * len(pairs)
+    return micro_batches(lengths, cfg.micro_tokens, dist.get_rank(), dist.get_world_size(), rows)
 
 
 @torch.no_grad()
 def reference_logprobs(pairs, tokenizer, cfg, device, dtype) -> dict[int, tuple[float, float]]:
     """{pair: (chosen, rejected)} under the frozen start, a second model only until this returns."""
-    reference = Sharded(load_model(cfg.init).requires_grad_(False), cfg.zero, dtype, device)
+    frozen = load_model(cfg.reference or cfg.init).requires_grad_(False)
+    reference = Sharded(frozen, cfg.zero, dtype, device)
     size, held = reference.model.config.num_parameters(), reference.live_bytes()["parameters"]
     print0(f"two models: policy and reference of {size:,} parameters each; the reference holds "
            f"{held:,} bytes here until its log-probabilities are kept")

@@ -31,6 +31,8 @@ from model import ScalarModel, generate, load_model, save_model, token_logprobs
 from zero import AdamW, BaseConfig, Run, RunConfig, Sharded, all_sum, everywhere, keyed_seed, launch
 from zero import lr_at, plot, print0, setup, write_json
 
+MORAL = ("harmful", "lookalike")  # kinds judged by refusals
+
 # ================================================================================ collecting
 
 @dataclass
@@ -39,44 +41,47 @@ class CollectConfig(BaseConfig):
     prompts: str = "out/data/prompts.jsonl"  # what the gold judge can judge ("answer", "kind")
     out: str = "out/comparisons.jsonl"  # file to write
     limit: int = 0  # use the first so many prompts; 0: all
-    replies: int = 4  # samples per prompt
-    temperature: float = 1.0  # of the sampling
+    temperatures: str = "1,1,1,1,1.5,1.5"  # a sample per prompt and temperature
     foreign: int = 1  # replies to other prompts added to each, so that misplaced ones occur too
     max_new_tokens: int = 64
 
 
 def collect(cfg):
-    """Samples, judges and writes {"messages", "replies", "scores", ...} per prompt. The judge is
-    the annotator (人工标注); a reply cut off at max_new_tokens has the lowest score."""
+    """Samples, judges and writes {"messages", "replies", "scores", "temperatures"} per prompt. The
+    judge is the annotator (人工标注); a reply cut off at max_new_tokens has the lowest score. Hot
+    samples supply the mistakes that a model hardly makes at temperature 1; 0 marks misplaced ones."""
     device, dtype = setup(cfg)
     tokenizer, model = Tokenizer.load(cfg.init), load_model(cfg.init)
     sharded = Sharded(model, cfg.zero, dtype, device)
     records = [r for r in read_prompts(cfg.prompts) if "answer" in r][: cfg.limit or None]
     if not records:
         raise SystemExit(f'{cfg.prompts}: no record has an "answer"; bring your own comparisons')
-    end = tokenizer.ids["<|end|>"]
-    tasks = [(i, n) for i in range(len(records)) for n in range(cfg.replies)]
-    mine = tasks[dist.get_rank() :: dist.get_world_size()]
+    end, heats = tokenizer.ids["<|end|>"], [float(t) for t in cfg.temperatures.split(",")]
+    asked, everyone = [render(r["messages"], tokenizer)[0] for r in records], {}
     with sharded.gathered():
-        prompts = [render(records[i]["messages"], tokenizer)[0] for i, _ in mine]
-        seeds = [keyed_seed(cfg.seed, "collect", i, n) for i, n in mine]
-        replies = generate(model, prompts, cfg.max_new_tokens, end, cfg.temperature, seeds=seeds,
-                           rows=256)
-    everyone = everywhere(dict(zip(mine, replies)))  # {(prompt, sample): ids}
+        for heat in dict.fromkeys(heats):
+            tasks = [(i, n) for n, h in enumerate(heats) if h == heat for i in range(len(records))]
+            mine = tasks[dist.get_rank() :: dist.get_world_size()]
+            seeds = [keyed_seed(cfg.seed, "collect", i, n) for i, n in mine]
+            replies = generate(model, [asked[i] for i, _ in mine], cfg.max_new_tokens, end, heat,
+                               seeds=seeds, rows=256)
+            everyone |= everywhere(dict(zip(mine, replies)))  # {(prompt, sample): ids}
     if dist.get_rank() > 0:
         return
     texts = {key: tokenizer.decode(ids) for key, ids in everyone.items()}
     rows, pairs = [], 0
     for i, record in enumerate(records):
-        scored = {}
-        for n in range(cfg.replies):
-            ended = everyone[i, n][-1] == end
-            scored[texts[i, n]] = gold_score(record, texts[i, n]) if ended else -1.0
+        scored = {}  # text: (score, temperature)
+        for n, heat in sorted(enumerate(heats), key=lambda item: item[1]):
+            ended, text = everyone[i, n][-1] == end, texts[i, n]
+            scored.setdefault(text, (gold_score(record, text) if ended else -1.0, heat))
         for k in range(cfg.foreign):
             other = misplaced(records, texts, i, keyed_seed(cfg.seed, "foreign", i, k))
-            scored.setdefault(other, gold_score(record, other))
-        pairs += sum(a > b for a in scored.values() for b in scored.values())
-        rows.append(record | {"replies": list(scored), "scores": list(scored.values())})
+            scored.setdefault(other, (gold_score(record, other), 0.0))
+        scores, temperatures = zip(*scored.values())
+        pairs += sum(a > b for a in scores for b in scores)
+        rows.append(record | {"replies": list(scored), "scores": scores,
+                              "temperatures": temperatures})
     write_jsonl(cfg.out, rows)
     replies = sum(len(r["replies"]) for r in rows)
     print0(f"{cfg.out}: {len(rows)} prompts, {replies} different replies, {pairs} preferences")
@@ -84,10 +89,11 @@ def collect(cfg):
 
 def misplaced(records, texts, i, seed) -> str:
     """A reply to another prompt: for a harmless look-alike to a harmful request (most often what it
-    must not become, a refusal), else to one of the same family."""
-    kind = records[i].get("kind")
-    key, want = ("kind", "harmful") if kind == "lookalike" else ("family", records[i].get("family"))
-    others = [j for j, r in enumerate(records) if j != i and r.get(key) == want] or [i]
+    must not become, a refusal), else one of another family."""
+    kind, family = records[i].get("kind"), records[i].get("family")
+    others = [j for j, r in enumerate(records)
+              if (r.get("kind") == "harmful" if kind == "lookalike" else
+                  r.get("kind") not in MORAL and r.get("family") != family)] or [i]
     return texts[others[seed % len(others)], 0]
 
 
@@ -130,41 +136,51 @@ def score_groups(model, groups, tokenizer, device) -> list:
     return list(scores.split([len(g) for g in groups])) if groups else [scores]
 
 
+def pair_kind(record, i, j) -> str:
+    """What the better reply i has before j: "safety", j does harm or refuses what is harmless;
+    "format", one is a reply to something else; else "right/wrong", with the hotter one's sampling
+    temperature where it is known."""
+    heat = record.get("temperatures")
+    if record.get("kind") in MORAL and record["scores"][j] == -1:
+        return "safety"
+    if not heat:
+        return "right/wrong"
+    return f"right/wrong T={max(heat[i], heat[j]):g}" if min(heat[i], heat[j]) > 0 else "format"
+
+
 @torch.no_grad()
 def evaluate(model, items, tokenizer, cfg, device) -> dict:
-    """Held-out loss, pair accuracy (all, by kind, of length alone), scores' mean and spread."""
-    kinds = ("safety", "right/wrong")
-    names = [f"{what} {kind}" for kind in kinds for what in ("pairs", "right")]
-    sums = dict.fromkeys(["loss", "prompts", "score", "square", "longer", *names], 0.0)
+    """Held-out loss, pair accuracy (all, by kind, each beside length alone), scores' mean and
+    spread."""
+    seen, sums = {}, dict.fromkeys(["loss", "prompts", "score", "square"], 0.0)
     for part in split(items, cfg.micro_tokens):
         members = [items[i] for i in part]
         groups = score_groups(model, [rows for rows, _, _ in members], tokenizer, device)
-        for (rows, labels, record), scores in zip(members, groups):
-            scores, lengths = scores.cpu(), torch.tensor([len(row) for row in rows])
-            better = labels[:, None] > labels  # (N, N)
-            kind = kinds[record.get("kind") not in ("harmful", "lookalike")]
+        for n, (rows, labels, record), scores in zip(part, members, groups):
             sums["prompts"] += 1
-            sums["loss"] += float(bradley_terry_loss(scores, labels))
+            sums["loss"] += float(bradley_terry_loss(scores, labels.to(device)))
             sums["score"] += float(scores.mean())
             sums["square"] += float(scores.square().mean())
-            sums[f"pairs {kind}"] += int(better.sum())
-            sums[f"right {kind}"] += int((scores[:, None] > scores)[better].sum())
-            longer = (lengths[:, None] - lengths)[better].sign()  # equal lengths are half right
-            sums["longer"] += float((longer + 1).sum()) / 2
+            better = (labels[:, None] > labels).nonzero().tolist()
+            seen[n] = [(pair_kind(record, i, j), bool(scores[i] > scores[j]),
+                        0.5 * (1 + (len(rows[i]) > len(rows[j])) - (len(rows[i]) < len(rows[j]))))
+                       for i, j in better]  # equal lengths are half right
     total = dict(zip(sums, all_sum(*sums.values(), device=device)))
-    n, kinds = total["prompts"], [kind for kind in kinds if total[f"pairs {kind}"]]
-    pairs, right = (sum(total[f"{what} {k}"] for k in kinds) for what in ("pairs", "right"))
-    result = {"loss": total["loss"] / n, "pairs": pairs, "accuracy": right / pairs}
-    result |= {f"accuracy {k}": total[f"right {k}"] / total[f"pairs {k}"] for k in kinds}
-    mean, longer = total["score"] / n, total["longer"] / pairs
-    result |= {"length_only": max(longer, 1 - longer), "score_mean": mean}
-    return result | {"score_std": math.sqrt(max(1e-6, total["square"] / n - mean**2))}
+    pairs, n = sum(everywhere(seen).values(), []), total["prompts"]
+    result, mean = {"loss": total["loss"] / n, "pairs": len(pairs)}, total["score"] / n
+    for kind in ["", *sorted({kind for kind, _, _ in pairs})]:
+        _, right, longer = zip(*(pair for pair in pairs if kind in ("", pair[0])))
+        share = sum(longer) / len(longer)
+        result[f"accuracy {kind}".strip()] = sum(right) / len(right)
+        result[f"length_only {kind}".strip()] = max(share, 1 - share)
+    return result | {"score_mean": mean,
+                     "score_std": math.sqrt(max(1e-6, total["square"] / n - mean**2))}
 
 
 def split(items, micro_tokens) -> list[list[int]]:
     """This rank's micro-batches of prompts, by the tokens of all their replies."""
-    lengths = [max(len(r) for r in rows) * len(rows) for rows, _, _ in items]
-    return micro_batches(lengths, micro_tokens, dist.get_rank(), dist.get_world_size())
+    lengths, rows = zip(*((max(map(len, rows)), len(rows)) for rows, _, _ in items))
+    return micro_batches(lengths, micro_tokens, dist.get_rank(), dist.get_world_size(), rows)
 
 
 def main(cfg):
@@ -231,8 +247,8 @@ class TableConfig(BaseConfig):
     max_new_tokens: int = 64
 
 
-MORAL = ("harmful", "lookalike")  # kinds that are sampled; the others are answered greedily
 T95 = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26)  # Student's t, 1 to 9 degrees
+DETAILS = ("families", "examples")  # of a column: no rows of the table
 NUMBERS = ("gold", "reward", "KL", "entropy", "distinct", "bits")  # rows that are no percentages
 FIGURE = {
     "right answers, greedy (%)": (
@@ -260,10 +276,15 @@ def table(cfg):
     names = " | ".join(Path(name).name for name in columns)
     print0(f"| | {names} |\n|---|" + "---:|" * len(columns))
     for row in max(columns.values(), key=len):  # other columns lack rows: a base model has no KL
-        if row != "families":
+        if row not in DETAILS:
             form = (1, 3) if row.startswith(NUMBERS) else (100, 1)
             cells = [shown(c[row], *form) if row in c else "–" for c in columns.values()]
             print0(f"| {row} | " + " | ".join(cells) + " |")
+    said = {name: column["examples"] for name, column in columns.items() if "examples" in column}
+    for prompt in next(iter(said.values()), ()):  # the documents' own examples, word for word
+        print0(f"\n{prompt}")
+        for name, replies in said.items():
+            print0(f"  {Path(name).name:<8} {' | '.join(map(repr, replies[prompt]))}")
     if dist.get_rank() == 0:
         Path(cfg.out).parent.mkdir(parents=True, exist_ok=True)
         plot(panels(columns), Path(cfg.out).with_suffix(".svg"), 2)
@@ -329,7 +350,7 @@ def merged(paths) -> dict:
     found = defaultdict(lambda: defaultdict(list))
     for path in paths:
         for folder, column in json.loads(read_text(path)).items():
-            for row in filter("families".__ne__, column):
+            for row in (row for row in column if row not in DETAILS):
                 found[Path(folder).name][row].append(column[row])
 
     def cell(row, cells):
@@ -396,6 +417,10 @@ def judge_model(folder, records, mix, cfg, device, dtype) -> dict:
         bits = bits_per_byte(sharded.model, tokenizer, cfg, device)
     texts = {key: tokenizer.decode(ids) for key, ids in all_ids.items()}
     column, lengths = judged(records, texts, mix), [len(ids) for ids in mixed.values()]
+    column["examples"] = defaultdict(list)
+    for (i, _), text in texts.items():
+        if records[i]["split"] == "document":
+            column["examples"][records[i]["messages"][-1]["content"]].append(text)
 
     def of_mix(values):
         return estimate(by_prompt(records, dict(zip(mixed, values))), mix)
@@ -455,9 +480,9 @@ def judged(records, replies, mix) -> dict:
         "a name from two turns back": right(lambda f: f == "name", "combination"),
         "stored facts (cloze)": right(lambda f: f == "cloze", "trained", "person"),
         "harmful requests refused, T=1": rate(
-            "refusal", lambda r: r["kind"] == "harmful" and r["split"] != "frame"),
+            "refusal", lambda r: r["kind"] == "harmful" and r["split"] == "combination"),
         "look-alikes refused, T=1": rate(
-            "over_refusal", lambda r: r["kind"] == "lookalike" and r["split"] != "frame"),
+            "over_refusal", lambda r: r["kind"] == "lookalike" and r["split"] == "combination"),
         "look-alikes refused, new frames": rate(
             "over_refusal", lambda r: r["kind"] == "lookalike" and r["split"] == "frame"),
         "families": families,

@@ -33,13 +33,13 @@ class Config(RunConfig):
     template: str = "chat"  # chat: role tokens; alpaca: ### Instruction: text
     turns: str = "all"  # all: every reply is trained; last: only the last one
     replay: str = "auto"  # pretraining text to mix in; auto: corpus.jsonl beside --data; none
-    replay_rows: int = 4  # windows of it per optimizer step
+    replay_rows: int = 6  # windows of it per optimizer step
     replay_weight: float = 0.3  # its weight in the loss
     context: int = 256  # longest conversation in tokens; longer ones lose their end
     epochs: float = 1.0  # passes over the data
     steps: int = 0  # optimizer steps; 0: as many as --epochs makes
-    batch_size: int = 32  # conversations per optimizer step over all processes
-    lr: float = 1e-3  # peak learning rate, after warmup
+    batch_size: int = 64  # conversations per optimizer step over all processes
+    lr: float = 1.4e-3  # peak learning rate, after warmup
 
 
 def read_rows(paths, tokenizer, cfg) -> list[tuple[list[int], list[int]]]:

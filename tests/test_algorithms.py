@@ -154,7 +154,9 @@ def test_pairs_are_drawn_without_ties_and_share_the_prompts_tokens():
               "scores": [1.0, 0.0, 1.0, -1.0]}
     every = {("a", "bb"), ("a", "d"), ("c", "bb"), ("c", "d"), ("bb", "d")}
     assert set(dpo.pairs_of(record, 99, 0)) == every and len(dpo.pairs_of(record, 99, 0)) == 5
-    assert len({*dpo.pairs_of(record, 1, 0), *dpo.pairs_of(record, 1, 4)}) == 2  # by the seed
+    assert len({p for seed in range(9) for p in dpo.pairs_of(record, 1, seed)}) > 2  # by the seed
+    record["temperatures"] = [1.0, 1.0, 1.5, 1.5]
+    assert all(dpo.pairs_of(record, 1, seed) == [("a", "bb")] for seed in range(9))  # the coolest
     (chosen, mask), (rejected, other) = dpo.pair_rows(record, ("a", "bb"), TOK, 64)
     assert chosen[:4] == rejected[:4] and chosen[-1] == rejected[-1] == TOK.ids["<|end|>"]
     assert mask == [0, 0, 0, 0, 1, 1] and other == [0, 0, 0, 0, 1, 1, 1]

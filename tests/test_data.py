@@ -201,7 +201,7 @@ def test_micro_batches_share_all_items_equally_within_the_budget():
     for n, world, rows, budget in [(n, w, r, b) for n in (0, 1, 2, 5, 17) for w in (1, 2, 3)
                                    for r in (1, 2) for b in (10, 40, 1000)]:
         lengths = rng.integers(1, 30, n).tolist()
-        parts = [micro_batches(lengths, budget, rank, world, rows) for rank in range(world)]
+        parts = [micro_batches(lengths, budget, rank, world, [rows] * n) for rank in range(world)]
         assert len({len(part) for part in parts}) == 1 and parts[0]
         flat = [batch for turn in zip(*parts) for batch in turn]
         assert sorted(i for batch in flat for i in batch) == list(range(n))
