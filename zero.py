@@ -25,6 +25,7 @@ when lengths differ).
 import argparse
 import ctypes
 import datetime
+import functools
 import hashlib
 import inspect
 import json
@@ -734,65 +735,113 @@ def load_state(folder, optimizers) -> dict:
 # ==== the planner
 
 
-def plan(parameters, world, sixteen_bit=True, micro_batches=1) -> list[dict]:
-    """Bytes per rank, and sent per rank and step: the table of the module's docstring, in rows."""
+def plan(parameters, world, sixteen_bit=True, micro_batches=1, offload=False) -> list[dict]:
+    """Bytes per rank at rest, and sent per rank and step: the table of the module's docstring, in
+    rows. Offload moves the fp32 master weights and Adam's moments, 12 bytes, to the host."""
     weight, state = (2, 12) if sixteen_bit else (4, 8)
-    weights, states, rows = weight * parameters, state * parameters, []
+    weights, rows = weight * parameters, []
     for stage, times in enumerate((2, 2, micro_batches + 1, 3 * micro_batches)):
-        row = {"parameters": weights / world if stage >= 3 else weights,
-               "gradients": weights / world if stage >= 2 else weights,
-               "optimizer": states / world if stage >= 1 else states}
-        row["total"] = sum(row.values())
-        row["sent"] = times * weights * (world - 1) / world
-        rows.append({"stage": stage} | row)
+        split = [world if stage >= first else 1 for first in (3, 2, 1)]
+        row = {"parameters": weights / split[0], "gradients": weights / split[1],
+               "optimizer": 0 if offload else state * parameters / split[2]}
+        rows.append({"stage": stage} | row | {
+            "total": sum(row.values()), "host": 12 * parameters / split[2] if offload else 0,
+            "sent": times * weights * (world - 1) / world})
     return rows
 
 
-def line(title, cells, form=">15,.0f"):
-    """One line of a table."""
-    return f"{title:>5}" + "".join(format(cell, form) for cell in cells)
+def layers(model, world) -> list[tuple[str, int]]:
+    """(unit, its padded size) of each layer in the order of forward; a tied one comes twice."""
+    order, owner, sizes = [], {}, {}
+    for _, path, parameters in named_units(model):
+        new = [p for p in parameters if p not in owner]
+        owner |= dict.fromkeys(new, path)
+        if new:
+            sizes[path] = -(-sum(p.numel() for p in new) // world) * world
+        order.append(owner[parameters[0]])
+    return [(path, sizes[path]) for path in order]
 
 
-HEADER = line("stage", ("parameters", "gradients", "optimizer", "total", "sent/step"), ">15")
+def buffers(layers, stage, receiving, overlap=True) -> int:
+    """The most elements that a rank holds in a step beside those at rest, walking backward through
+    layers(): the gathered layer and the one prefetched (stage 3); the bucket that fills, and the
+    one before on its way (stages 2, 3); what it receives (only gloo needs memory for that)."""
+    if stage < 2:
+        return receiving * max(size for _, size in layers)
+    most = held = away = 0
+    for i, (unit, size) in reversed(list(enumerate(layers))):
+        if stage == 3 and i > 0:  # the embedding's backward reads no weight
+            held = size + (layers[i - 1][1] if overlap and i > 1 else 0)
+        if unit not in dict(layers[:i]):  # else tied: its gradient is whole at the other place
+            most = max(most, held + size + max(away, receiving * size))
+            away = size + receiving * size if overlap else 0
+    return most
 
 
-def measure(model, micro_batches):
-    """Live bytes at rest and bytes sent in a step of model.py's tiny model, above the plan's."""
-    device, dtype = setup(RunConfig())
-    config, world = model.PRESETS["tiny"], dist.get_world_size()
-    print0(f"bytes of live tensors on rank 0, measured and planned; {config}\n{HEADER}")
-    rows = plan(config.num_parameters(), world, dtype.itemsize == 2, micro_batches)
-    for stage, row in enumerate(rows):
-        optimizer = AdamW(model.CausalLM(config), stage, dtype, device)
-        SENT["bytes"] = 0
-        for _ in range(micro_batches):
-            ids = torch.randint(0, config.vocab_size, (8, 129), device=device)
-            logprobs = model.token_logprobs(optimizer.model, ids[:, :-1], ids[:, 1:])
-            optimizer.backward(-logprobs.mean() / micro_batches / world)
-        live = optimizer.live_bytes().values()
-        optimizer.step(1e-3)
-        print0(line(stage, [*live, sum(live), SENT["bytes"]]))
-        print0(line("plan", list(row.values())[1:]))
-    dist.destroy_process_group()
+def rlhf(parameters, world) -> list[dict]:
+    """Bytes per rank in 16 bits of SFT's one model, DPO's two (policy, frozen reference) and PPO's
+    four (policy and value model train, reference and reward model are frozen), all of one size."""
+    rows = []
+    for row in plan(parameters, world):
+        one, frozen = row["total"], row["parameters"]
+        rows.append({"stage": row["stage"], "a trained model": one, "a frozen one": frozen,
+                     "SFT": one, "DPO": one + frozen, "PPO": 2 * one + 2 * frozen})
+    return rows
+
+
+def table(rows, unit=1e9, form=">12.4g"):
+    """Prints dicts of one form as a table, all columns but the first in `unit`s."""
+    print("".join(f"{name:>{max(12, len(name) + 2)}}" for name in rows[0]))
+    for first, *numbers in (row.values() for row in rows):
+        print(f"{first:>12}", *(f"{n / unit:{form}}" for n in numbers), sep="")
+
+
+@dataclass
+class PlanConfig:
+    """What `zero.py plan` can be told."""
+
+    params: float = 7.5e9  # number of parameters
+    model: str = ""  # one of the documents' models instead; `python model.py` lists them
+    world_size: int = 64  # number of GPUs
+    micro_batches: int = 1  # forward and backward passes per optimizer step
+    bandwidth: float = 100.0  # GB/s that a GPU sends
+    rlhf: bool = False  # PPO's four models and DPO's two as well
+
+
+def show_plan(cfg, presets, build):
+    """Prints plan() in both ledgers, for a number of parameters or a model of the documents."""
+    world, size, shape = cfg.world_size, cfg.params, None
+    if cfg.model:
+        if cfg.model not in presets:
+            raise SystemExit(f"--model is one of {', '.join(presets)}")
+        with torch.device("meta"):  # shapes without memory
+            net = build(presets[cfg.model])
+        size, shape = sum(p.numel() for p in net.parameters()), layers(net, world)
+    print(f"GB (10⁹ bytes) on each of {world} GPUs for {size:,.0f} parameters; the time of the "
+          f"traffic at {cfg.bandwidth:g} GB/s")
+    for sixteen, ledger in (
+            (False, "fp32: weight 4 + gradient 4 + Adam's moments 4 + 4"),
+            (True, "mixed: weight 2 + gradient 2 + fp32 weight 4 + moments 4 + 4")):
+        rows, options = [], (size, world, sixteen, cfg.micro_batches)
+        for row, away in zip(plan(*options), plan(*options, offload=True)):
+            sent, _ = row.pop("sent"), row.pop("host")
+            if shape:  # nccl reduces in place: nothing is received
+                row["peak"] = row["total"] + (4 - 2 * sixteen) * buffers(shape, row["stage"], 0)
+            row |= {"offloaded": away["total"], "host": away["host"], "sent/step": sent}
+            rows.append(row | {"seconds": sent / cfg.bandwidth})
+        print(f"\n{ledger} bytes per parameter; offloaded: the GPU without fp32 weight and moments")
+        table(rows)
+    if cfg.rlhf:
+        print("\nmodels of this size in mixed precision, a frozen one being weights only")
+        table(rlhf(size, world))
 
 
 def main(model):
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("command", choices=["plan", "measure"])
-    parser.add_argument("--params", type=float, default=7.5e9, help="parameters (plan)")
-    parser.add_argument("--world-size", type=int, default=64, help="number of GPUs (plan)")
-    parser.add_argument("--micro-batches", type=int, default=1, help="per optimizer step")
-    args = parser.parse_args()
-    if args.command == "measure":
-        measure(model, args.micro_batches)
-        return
-    print(f"GB on each of {args.world_size} ranks, {args.params:.3g} parameters\n{HEADER}")
-    for name, sixteen in (("fp32: 4 + 4 + 8", False), ("16 bits: 2 + 2 + 4 + 4 + 4", True)):
-        print(f"{name} bytes per parameter")
-        for row in plan(args.params, args.world_size, sixteen, args.micro_batches):
-            stage, *numbers = row.values()
-            print(line(stage, [number / 1e9 for number in numbers], ">15,.1f"))
+    show = functools.partial(show_plan, presets=model.PRESETS, build=model.CausalLM)
+    commands = {"plan": (show, PlanConfig)}
+    if sys.argv[1:2] not in [[name] for name in commands]:
+        raise SystemExit(f"{__doc__}\n{sys.argv[0]}: say {' or '.join(commands)}")
+    launch(*commands[sys.argv.pop(1)])
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
+import model
 import zero as z
 from model import (IGNORE, CausalLM, ModelConfig, generate, load_model, save_model,
                    token_logprobs)
@@ -430,6 +431,53 @@ def test_the_plan_is_figure_1_of_the_zero_paper():
     assert [round(row["total"] / 1e9, 1) for row in rows] == [120.0, 31.4, 16.6, 1.9]
     assert [row["sent"] / (2 * 7.5e9) * 64 / 63 for row in rows] == pytest.approx([2, 2, 2, 3])
     assert [row["total"] / 7.5e9 for row in z.plan(7.5e9, 4, False)] == [16, 10, 7, 4]
+    for sixteen, left in ((True, [4, 4, 2.5, 1]), (False, [8, 8, 5, 2])):  # weight + gradient
+        away = z.plan(7.5e9, 4, sixteen, offload=True)
+        assert [row["total"] / 7.5e9 for row in away] == left
+        assert [row["host"] / 7.5e9 for row in away] == [12, 3, 3, 3]
+
+
+def test_rlhf_of_7b_parameters_needs_four_gpus_of_80_gb():
+    rows = z.rlhf(7e9, 4)
+    assert [row["PPO"] / 1e9 for row in rows] == [252, 126, 105, 63]  # D0: 4 × 80 GB
+    assert [row["DPO"] / 1e9 for row in rows] == [126, 63, 52.5, 31.5]
+
+
+def test_buffers_are_those_of_the_worst_moment_of_the_backward_pass():
+    tied = z.layers(build(), 3)
+    padded = [-(-n // 3) * 3 for n in (EMBED, BLOCK, BLOCK, NORM, EMBED)]
+    assert [size for _, size in tied] == padded and tied[0] == tied[-1]
+    untied = [("embed", 7), ("0", 10), ("1", 11), ("norm", 1), ("head", 20)]
+    # gathered + bucket + (bucket and what it receives of the layer before, or what it receives)
+    assert z.buffers(untied, 3, 0, overlap=False) == 20 + 20
+    assert z.buffers(untied, 3, 1, overlap=False) == 20 + 20 + 20
+    assert z.buffers(untied, 3, 1) == (20 + 1) + 20 + 20  # the norm is prefetched
+    assert z.buffers(untied[:-1], 3, 1) == (11 + 10) + 11 + 11
+    assert z.buffers(untied[:-1], 3, 0) == (11 + 10) + 11 + 1
+    assert z.buffers(untied[:2], 3, 0) == 10 + 7 + 10  # behind 0 nothing is prefetched
+    assert z.buffers(tied, 3, 0, overlap=False) == padded[1] + max(padded[:2])
+    assert z.buffers(untied, 2, 1) == 1 + 40 and z.buffers(untied[:3], 2, 1) == 10 + 11 + 11
+    assert z.buffers(untied[:3], 2, 0, overlap=False) == 11
+    assert z.buffers(untied, 1, 1) == 20 and z.buffers(untied, 0, 0) == 0
+
+
+@pytest.mark.parametrize("flags, said", [
+    ("--params 7.5e9 --world-size 64", ["120", "31.41", "16.64", "1.875", "0.2953"]),
+    ("--model llama-65b --world-size 8 --bandwidth 25", ["65,285,660,672", "peak", "783.4"]),
+    ("--params 7e9 --world-size 4 --rlhf", ["PPO", "252", "63"])])
+def test_the_plan_is_printed_for_a_size_or_a_model_of_the_documents(
+        monkeypatch, capsys, flags, said):
+    monkeypatch.setattr(sys, "argv", ["zero.py", "plan", *flags.split()])
+    z.main(model)
+    words = capsys.readouterr().out.split()
+    assert all(word in words for word in said)
+
+
+def test_a_wrong_command_or_model_is_named(monkeypatch):
+    for words, said in ((["plan", "--model", "gpt9"], "gpt3-175b"), (["draw"], "say plan")):
+        monkeypatch.setattr(sys, "argv", ["zero.py", *words])
+        with pytest.raises(SystemExit, match=said):
+            z.main(model)
 
 
 # --------------------------------------------------------------------------- the folder of a run
