@@ -26,6 +26,7 @@ import argparse
 import ctypes
 import datetime
 import functools
+import gc
 import hashlib
 import inspect
 import json
@@ -35,10 +36,12 @@ import platform
 import re
 import shutil
 import signal
+import statistics
 import subprocess
 import sys
 import time
-from contextlib import contextmanager
+import weakref
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
@@ -48,6 +51,7 @@ os.environ.setdefault("GOMP_SPINCOUNT", "2000")
 import torch
 import torch.distributed as dist
 import torch.nn as nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 # ==== launch
 
@@ -361,33 +365,47 @@ class Run:
 
 # ==== two collectives
 
-SENT = {"bytes": 0}  # what this rank sent through the two functions below
+SENT = {"bytes": 0}  # what this rank sent through reduce_scatter and all_gather
 
 
 def reduce_scatter(full):
-    """Sum over N ranks of a buffer of N equal slices; rank r gets slice r. Sends (N-1)/N of it."""
-    world = dist.get_world_size()
-    if world == 1:
-        return full
+    """Starts the sum over N ranks of a buffer of N equal slices; `summed` ends it. Sends (N-1)/N of
+    the buffer. Returns (works to wait for, memory that the other ranks' slices come into)."""
+    world, rank = dist.get_world_size(), dist.get_rank()
     SENT["bytes"] += full.nbytes * (world - 1) // world
+    if world == 1:
+        return [], None
     if full.is_cuda:
-        shard = torch.empty(full.numel() // world, dtype=full.dtype, device=full.device)
-        dist.reduce_scatter_single(shard, full)
-        return shard
+        return [dist.reduce_scatter_single(full.chunk(world)[rank], full, async_op=True)], None
     # gloo's reduce_scatter is an all_reduce, twice the bytes: exchange the slices and add them here
-    slices = torch.empty_like(full)
-    dist.all_to_all_single(slices, full)
-    return slices.view(world, -1).sum(0)
+    received = torch.empty_like(full)
+    return [dist.all_to_all_single(received, full, async_op=True)], received
+
+
+def summed(full, works, received):
+    """Waits for reduce_scatter(full): rank r's slice of the sum, which stands in slice r of full."""
+    wait(works)
+    mine = full.chunk(dist.get_world_size())[dist.get_rank()]
+    return mine if received is None else torch.sum(received.view(-1, mine.numel()), 0, out=mine)
 
 
 def all_gather(full, shard):
-    """Fills a buffer of N equal slices with every rank's shard. Sends (N-1)/N of the buffer."""
-    world = dist.get_world_size()
+    """Starts to fill a buffer of N equal slices with every rank's shard. Sends (N-1)/N of it."""
+    world, rank = dist.get_world_size(), dist.get_rank()
     SENT["bytes"] += full.nbytes * (world - 1) // world
-    if world > 1:
-        dist.all_gather_single(full, shard)
-    elif full.data_ptr() != shard.data_ptr():
-        full.copy_(shard)
+    if full.is_cuda:
+        return [dist.all_gather_single(full, shard, async_op=True)]
+    slices = full.chunk(world)
+    if slices[rank].data_ptr() != shard.data_ptr():
+        slices[rank].copy_(shard)
+    # gloo's all_gather copies through a second buffer: each rank sends straight into its place
+    return [dist.broadcast(part, r, async_op=True) for r, part in enumerate(slices) if world > 1]
+
+
+def wait(works):
+    """Until these collectives are done."""
+    for work in works:
+        work.wait()
 
 
 # ==== sharding
@@ -426,7 +444,8 @@ class Unit:
         part = self.flat[self.lo : self.hi]
         self.shard = part.clone() if stage == 3 else part
         self.absent = torch.tensor(float("nan"), dtype=dtype, device=device)
-        self.present = True
+        self.present, self.coming = True, None
+        self.grad = self.bucket = self.received = None
         if not self.trainable:
             return
         # 16-bit weights lose updates below 1/256 of themselves: Adam works on an fp32 master copy.
@@ -437,25 +456,32 @@ class Unit:
         self.exp_avg_sq = torch.zeros_like(self.master)
         # The gradient at rest: whole in stages 0 and 1, this rank's slice in stages 2 and 3.
         self.grad = torch.zeros_like(self.flat if stage < 2 else self.shard)
-        self.bucket, self.arrived = self.grad if stage < 2 else None, 0
+        self.arrived = 0
+
+    def prefetch(self):
+        """Stage 3: starts to collect all shards in the buffer."""
+        if not self.present and self.coming is None:
+            self.flat.untyped_storage().resize_(self.flat.nbytes)
+            self.coming = all_gather(self.flat, self.shard)
 
     def gather(self):
-        """Stage 3: all shards into the buffer, for as long as the layer computes."""
+        """Stage 3: the whole parameters, for as long as the layer computes."""
+        self.prefetch()
         if not self.present:
-            self.flat.untyped_storage().resize_(self.flat.nbytes)
-            all_gather(self.flat, self.shard)
+            wait(self.coming)
             for p, view in self.views.items():
                 p.data = view
-            self.present = True
+            self.present, self.coming = True, None
 
     def release(self):
         """Stage 3: frees the buffer, also under the views that autograd saved: gathering refills
         them. What is left has the right shape and no memory, and makes a loss that uses it NaN."""
-        if self.present and self.stage == 3:
+        if self.stage == 3 and (self.present or self.coming is not None):
+            wait(self.coming or [])
             for p in self.parameters:
                 p.data = self.absent.expand(p.shape)
             self.flat.untyped_storage().resize_(0)
-            self.present = False
+            self.present, self.coming = False, None
 
 
 def named_units(module, path="", whole=False):
@@ -472,13 +498,15 @@ def named_units(module, path="", whole=False):
 
 class Sharded:
     """A model whose parameters live in flat units, in stage 3 gathered while their layer computes.
-    By itself it serves frozen models (PPO's reference and reward model): no gradients, no Adam."""
+    By itself it serves frozen models (PPO's reference and reward model): no gradients, no Adam.
+    overlap: what is sent travels while the model computes, one layer ahead and at most one."""
 
-    def __init__(self, model, stage=0, dtype=None, device=None):
+    def __init__(self, model, stage=0, dtype=None, device=None, overlap=True):
         first = next(model.parameters())
-        self.model, self.stage = model, stage
+        self.model, self.stage, self.overlap = model, stage, overlap
         self.dtype, self.device = dtype or first.dtype, device or first.device
         self.units, self.owner, self.holding = [], {}, 0
+        self.order, self.way = [], 1  # each layer's units in the order of forward; -1: backward
         for module, path, parameters in list(named_units(model)):
             for trainable, suffix in ((True, ""), (False, " (frozen)")):
                 # a tied weight belongs to the layer that names it first
@@ -490,23 +518,28 @@ class Sharded:
                     self.units.append(unit)
                     self.owner |= dict.fromkeys(new, unit)
             if stage == 3:
-                needed = list(dict.fromkeys(self.owner[p] for p in parameters))
-                module.register_forward_pre_hook(lambda m, args, needed=needed: self.use(needed))
-                module.register_forward_hook(
-                    lambda m, args, out, needed=needed: self.used(m, needed, out))
+                i = len(self.order)
+                self.order.append(list(dict.fromkeys(self.owner[p] for p in parameters)))
+                module.register_forward_pre_hook(lambda m, args, i=i: self.use(i))
+                module.register_forward_hook(lambda m, args, out, i=i: self.used(m, i, out))
 
-    def use(self, needed):
-        """Frees the layer before and gathers the units of the one that comes: one at a time."""
-        self.release(needed)
-        for unit in needed:
+    def use(self, i):
+        """Gathers the units of layer i and starts to gather the next one's; frees all others."""
+        then, first = i + self.way, 0 if self.way > 0 else 1  # embedding: backward reads no weight
+        ahead = self.order[then] if self.overlap and first <= then < len(self.order) else []
+        self.release([*self.order[i], *ahead])
+        for unit in self.order[i]:
             unit.gather()
+        for unit in ahead:
+            unit.prefetch()
 
-    def used(self, module, needed, output):
-        """After a layer's forward: freed now, or with the next layer if backward will come."""
+    def used(self, module, i, output):
+        """After a layer's forward: freed with the next layer, also on the way back."""
         if not output.requires_grad:
-            self.release()
-        elif not isinstance(module, nn.Embedding):  # its backward needs no weight
-            output.register_hook(lambda grad: self.use(needed))
+            if i + 1 == len(self.order):
+                self.release()
+        elif not isinstance(module, nn.Embedding):
+            output.register_hook(lambda grad: self.use(i))
 
     def release(self, needed=()):
         """Stage 3: frees every gathered unit that is not needed."""
@@ -531,16 +564,20 @@ class Sharded:
         """(name, whole parameter) one by one, for saving: one unit beyond this rank's share is
         the most it holds. Collective: every rank has to walk through it."""
         for name, p in self.model.named_parameters():
-            self.use([self.owner[p]])
+            self.release([self.owner[p]])
+            self.owner[p].gather()
             yield name, p.data.clone()  # a copy outlives the buffer (and numpy would pin it)
         self.release()
 
     def live_bytes(self) -> dict[str, int]:
-        """Bytes of this rank's live tensors by kind, counted on the storages themselves."""
-        trained = [u for u in self.units if u.trainable]
-        kinds = {"parameters": [t for u in self.units for t in (u.flat, u.shard)],
-                 "gradients": [t for u in trained for t in (u.grad, u.bucket) if t is not None],
-                 "optimizer": [t for u in trained for t in (u.master, u.exp_avg, u.exp_avg_sq)]}
+        """Bytes of this rank's live tensors by kind, counted on the storages themselves. Buffers are
+        gathered parameters, buckets and what comes in: at rest there are none."""
+        trained, whole = [u for u in self.units if u.trainable], self.stage < 3
+        kinds = {"parameters": [u.flat if whole else u.shard for u in self.units],
+                 "gradients": [u.grad for u in trained],
+                 "optimizer": [t for u in trained for t in (u.master, u.exp_avg, u.exp_avg_sq)],
+                 "buffers": [t for u in self.units for t in (u.flat, u.bucket, u.received)
+                             if t is not None]}
         count, seen = {}, set()
         for kind, tensors in kinds.items():  # an fp32 master is the shard, and counted there
             storages = {t.untyped_storage().data_ptr(): t.untyped_storage() for t in tensors}
@@ -576,54 +613,74 @@ class AdamW(Sharded):
     """AdamW over ZeRO stages 0-3: backward(loss) once per micro-batch, then step(lr)."""
 
     def __init__(self, model, stage=0, dtype=None, device=None, betas=(0.9, 0.95), eps=1e-8,
-                 weight_decay=0.1, grad_clip=1.0):
-        super().__init__(model, stage, dtype, device)
+                 weight_decay=0.1, grad_clip=1.0, overlap=True):
+        super().__init__(model, stage, dtype, device, overlap)
         self.betas, self.eps = betas, eps
         self.weight_decay, self.grad_clip = weight_decay, grad_clip
         self.trained, self.t = [u for u in self.units if u.trainable], 0
+        self.away = None  # the unit whose gradient is on its way, and its works
+        mine = weakref.proxy(self)  # a hook in C++ that held us would keep us for ever
         # fp16 gradients below 6e-8 vanish: the loss is scaled up, by trial (D4 2.4.2)
         self.scale, self.good = (65536.0 if self.dtype == torch.float16 else 1.0), 0
         for unit in self.trained:
             for p in unit.parameters:
-                p.register_post_accumulate_grad_hook(self.on_grad)
+                p.register_post_accumulate_grad_hook(lambda p: mine.on_grad(p))
 
     def on_grad(self, p):
         """As soon as autograd has a gradient, it moves into its unit's flat buffer and is freed."""
         unit = self.owner[p]
-        if unit.bucket is None:
+        if self.stage >= 2 and unit.bucket is None:
             unit.bucket = torch.zeros_like(unit.flat)
-        unit.bucket[unit.places[p]].add_(p.grad.flatten())
+        target = unit.grad if self.stage < 2 else unit.bucket
+        target[unit.places[p]].add_(p.grad.flatten())
         unit.arrived, p.grad = unit.arrived + 1, None
         if self.stage >= 2 and unit.arrived == len(unit.parameters):
             self.reduce(unit)
 
     def reduce(self, unit):
-        """Stages 2 and 3: keeps this rank's slice of the sum over ranks, frees the bucket."""
-        bucket = torch.zeros_like(unit.flat) if unit.bucket is None else unit.bucket
-        unit.grad += reduce_scatter(bucket)
-        unit.bucket = None
+        """Starts the sum of a unit's gradient over the ranks. It travels while backward computes
+        the next layer's (ZeRO 2 and 3 call this there); then `finish`, so that one is away."""
+        self.finish()
+        if self.stage >= 2 and unit.bucket is None:
+            unit.bucket = torch.zeros_like(unit.flat)
+        works, unit.received = reduce_scatter(unit.grad if self.stage < 2 else unit.bucket)
+        self.away = unit, works
+        if not self.overlap:
+            self.finish()
+
+    def finish(self):
+        """Waits for the sum that is away. Stages 2 and 3 keep this rank's slice and free the
+        bucket; stage 1 has it in place; stage 0 sends it on: the two make an all-reduce."""
+        if self.away is not None:
+            (unit, works), self.away = self.away, None
+            mine = summed(unit.grad if self.stage < 2 else unit.bucket, works, unit.received)
+            if self.stage >= 2:
+                unit.grad += mine
+            elif self.stage == 0:
+                wait(all_gather(unit.grad, mine))
+            unit.bucket = unit.received = None
 
     def backward(self, loss):
         """Adds a micro-batch's gradients. Collective in stages 2 and 3: all ranks call it equally
         often, with losses of the same parameters (an empty micro-batch has weight 0)."""
+        self.way = -1
         (loss * self.scale).backward()
         for unit in self.trained:
             if self.stage >= 2 and unit.arrived < len(unit.parameters):
                 self.reduce(unit)  # the loss left a parameter out: its gradient is zero
             unit.arrived = 0
+        self.finish()
         self.release()
+        self.way = 1
 
     @torch.no_grad()
     def step(self, lr) -> float:
         """Clips by the global norm, updates, and returns the norm before clipping (inf or nan:
         an fp16 overflow, the step is skipped)."""
-        for unit in self.trained:
-            if self.stage < 2:
-                shard = reduce_scatter(unit.grad)
-                if self.stage == 0:
-                    all_gather(unit.grad, shard)  # reduce-scatter + all-gather = all-reduce
-                else:
-                    unit.grad[unit.lo : unit.hi] = shard
+        if self.stage < 2:
+            for unit in self.trained:
+                self.reduce(unit)
+            self.finish()
         grads = [u.grad[u.lo : u.hi] if self.stage < 2 else u.grad for u in self.trained]
         # each element is counted once: over all ranks' slices, or here where everything is here
         norms = [torch.linalg.vector_norm(grad, dtype=torch.float64) for grad in grads]
@@ -653,7 +710,7 @@ class AdamW(Sharded):
             if unit.master is not unit.shard:
                 unit.shard.copy_(unit.master)
             if self.stage in (1, 2) or self.stage == 3 and unit.present:
-                all_gather(unit.flat, unit.shard)
+                wait(all_gather(unit.flat, unit.shard))
 
     def adjust_scale(self, finite):
         """fp16 only: halve the loss scale at an overflow, double it after 1000 good steps."""
@@ -778,6 +835,17 @@ def buffers(layers, stage, receiving, overlap=True) -> int:
     return most
 
 
+def plan_layers(layers, world, sixteen_bit, micro_batches, receiving, overlap=True) -> list[dict]:
+    """plan() of a model's layers(), with the buffers of a step, and in stage 3 without the gathers
+    that the ends save: backward needs the embedding no more and the head still."""
+    rows = plan(sum(dict(layers).values()), world, sixteen_bit, micro_batches)
+    width, sizes = 2 if sixteen_bit else 4, [size for _, size in layers]
+    moved = sum(sizes) + sum(sizes[1:-1]) + sum(dict(layers).values())  # gathered, reduced
+    rows[3]["sent"] = width * micro_batches * moved * (world - 1) / world
+    return [row | {"buffers": width * buffers(layers, row["stage"], receiving, overlap)}
+            for row in rows]
+
+
 def rlhf(parameters, world) -> list[dict]:
     """Bytes per rank in 16 bits of SFT's one model, DPO's two (policy, frozen reference) and PPO's
     four (policy and value model train, reference and reward model are frozen), all of one size."""
@@ -810,7 +878,7 @@ class PlanConfig:
 
 def show_plan(cfg, presets, build):
     """Prints plan() in both ledgers, for a number of parameters or a model of the documents."""
-    world, size, shape = cfg.world_size, cfg.params, None
+    world, size, shape, k = cfg.world_size, cfg.params, None, cfg.micro_batches
     if cfg.model:
         if cfg.model not in presets:
             raise SystemExit(f"--model is one of {', '.join(presets)}")
@@ -822,11 +890,11 @@ def show_plan(cfg, presets, build):
     for sixteen, ledger in (
             (False, "fp32: weight 4 + gradient 4 + Adam's moments 4 + 4"),
             (True, "mixed: weight 2 + gradient 2 + fp32 weight 4 + moments 4 + 4")):
-        rows, options = [], (size, world, sixteen, cfg.micro_batches)
-        for row, away in zip(plan(*options), plan(*options, offload=True)):
-            sent, _ = row.pop("sent"), row.pop("host")
-            if shape:  # nccl reduces in place: nothing is received
-                row["peak"] = row["total"] + (4 - 2 * sixteen) * buffers(shape, row["stage"], 0)
+        rows, options = [], (world, sixteen, k)
+        found = plan_layers(shape, *options, 0) if shape else plan(size, *options)  # nccl: 0
+        for row, away in zip(found, plan(size, *options, offload=True)):
+            sent, _, peak = row.pop("sent"), row.pop("host"), row.pop("buffers", None)
+            row |= {"peak": row["total"] + peak} if shape else {}
             row |= {"offloaded": away["total"], "host": away["host"], "sent/step": sent}
             rows.append(row | {"seconds": sent / cfg.bandwidth})
         print(f"\n{ledger} bytes per parameter; offloaded: the GPU without fp32 weight and moments")
@@ -836,9 +904,119 @@ def show_plan(cfg, presets, build):
         table(rlhf(size, world))
 
 
+class Peak(TorchDispatchMode):
+    """Within it, `most` becomes the largest live_bytes(), looked at after every torch operation."""
+
+    def __init__(self, sharded):
+        super().__init__()
+        self.sharded, self.most = sharded, {}
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result, live = function(*args, **(kwargs or {})), self.sharded.live_bytes()
+        self.most = max(self.most, live, key=lambda kinds: sum(kinds.values()))
+        return result
+
+
+def saved_bytes(loss, model) -> int:
+    """Bytes that loss() keeps for backward beside the parameters: D0's residual states."""
+    own = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    kept = {}
+
+    def pack(tensor):
+        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        result = loss()
+    del result  # until here all that was packed lived, each at a place of its own
+    return sum(size for place, size in kept.items() if place not in own)
+
+
+def peak_memory(device) -> int:
+    """Most bytes held since the last call: CUDA's tensors, or this process (RSS) as Linux counts;
+    elsewhere 0."""
+    if device.type == "cuda":
+        peak = torch.cuda.max_memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        return peak
+    status = Path("/proc/self/status")
+    if not status.exists():
+        return 0
+    peak = 1024 * int(re.search(r"VmHWM:\s+(\d+)", status.read_text())[1])
+    gc.collect()  # hooks make a circle: model → hook → optimizer → model
+    ctypes.CDLL(None).malloc_trim(0)
+    Path("/proc/self/clear_refs").write_text("5")  # the peak is now what is held
+    return peak
+
+
+@dataclass
+class MeasureConfig(BaseConfig):
+    """What `zero.py measure` can be told."""
+
+    model: str = "tiny"  # one of the presets that `python model.py` lists
+    rows: int = 4  # rows of a micro-batch
+    context: int = 128  # tokens per row
+    micro_batches: int = 2  # per optimizer step
+    steps: int = 5  # optimizer steps in every stage
+    overlap: bool = True  # send while the model computes
+
+
+def train_stage(optimizer, loss, cfg, device) -> dict:
+    """A few steps: what is held at rest and at the peak, sent, how long a step takes, memory."""
+    peak_memory(device)
+    seconds, peak = [], Peak(optimizer)
+    for step in range(cfg.steps + 1):
+        SENT["bytes"], began = 0, time.perf_counter()
+        with peak if step == 0 else nullcontext():  # looking costs time: that step is not timed
+            for _ in range(cfg.micro_batches):
+                optimizer.backward(loss())
+            rest = optimizer.live_bytes()
+            optimizer.step(1e-3)
+        seconds.append(time.perf_counter() - began)
+    return {"at rest": rest, "peak": peak.most | {"sent/step": SENT["bytes"]},
+            "ms": 1e3 * statistics.median(seconds[1:]), "memory": peak_memory(device)}
+
+
+def measure(cfg, presets, build, logprobs):
+    """Trains a few steps in every stage and prints what a rank holds and sends beside the plan."""
+    device, dtype = setup(cfg)
+    config, world, width = presets[cfg.model], dist.get_world_size(), dtype.itemsize
+
+    def loss(net):
+        ids = torch.randint(0, config.vocab_size, (cfg.rows, cfg.context + 1), device=device)
+        return -logprobs(net, ids[:, :-1], ids[:, 1:]).mean() / cfg.micro_batches / world
+
+    def optimizer(stage):
+        torch.manual_seed(cfg.seed)
+        return AdamW(build(config), stage, dtype, device, overlap=cfg.overlap)
+
+    net = optimizer(0).model
+    for net.model.activation_checkpointing in (False, True):
+        kept = saved_bytes(lambda: loss(net), net)
+        print0(f"saved for backward: {kept:,} bytes, activation checkpointing "
+               f"{net.model.activation_checkpointing}")
+    shape = layers(net, world)
+    del net
+    columns = ("parameters", "gradients", "optimizer", "buffers", "sent/step")
+    print0(f"{config}\nbytes on rank 0, at rest and at the peak of a step, measured and planned\n"
+           f"{'stage':>12}", *(f"{c:>14}" for c in columns), f"{'ms/step':>10}{'memory':>16}", sep="")
+    received = device.type == "cpu" and world > 1
+    rows = plan_layers(shape, world, width == 2, cfg.micro_batches, received, cfg.overlap)
+    for stage, row in enumerate(rows):
+        one = optimizer(stage)
+        found = train_stage(one, lambda: loss(one.model), cfg, device)
+        row["sent/step"] = row["sent"]
+        for title, numbers in (("at rest", found["at rest"]), ("peak", found["peak"]), ("plan", row)):
+            cells = [f"{int(numbers[c]):>14,}" if c in numbers else "" for c in columns]
+            end = f"{found['ms']:>10.1f}{found['memory']:>16,}" if title == "peak" else ""
+            print0(f"{stage:>4}{title:>8}", *cells, end, sep="")
+
+
 def main(model):
     show = functools.partial(show_plan, presets=model.PRESETS, build=model.CausalLM)
-    commands = {"plan": (show, PlanConfig)}
+    real = functools.partial(measure, presets=model.PRESETS, build=model.CausalLM,
+                             logprobs=model.token_logprobs)
+    commands = {"plan": (show, PlanConfig), "measure": (real, MeasureConfig)}
     if sys.argv[1:2] not in [[name] for name in commands]:
         raise SystemExit(f"{__doc__}\n{sys.argv[0]}: say {' or '.join(commands)}")
     launch(*commands[sys.argv.pop(1)])

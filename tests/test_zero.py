@@ -4,7 +4,9 @@ Functions named in `ranks(n, function, ...)` run on n processes (conftest.py). N
 or 3, so that every buffer is padded; eps is 1: a small one divides every wrong scale away again.
 """
 
+import contextlib
 import functools
+import io
 import json
 import math
 import os
@@ -156,59 +158,91 @@ def test_a_parameter_without_a_gradient_does_not_hold_back_its_unit(alone, stage
     for _ in range(2):  # 4 ones twice: a weight's and a bias's; the other layer takes no part
         opt.backward(net[0][0](torch.ones(1, 3)).sum())
     assert opt.step(LR) == 4.0
-    assert all(u.bucket is None or stage < 2 for u in opt.units)
+    assert all(u.bucket is None for u in opt.units)
 
 
 # ------------------------------------------------------------------------------- memory, traffic
 
 
-def observe(rank, stage, kind):
+def observe(rank, stage, kind, overlap):
     """What a step of k = 2 micro-batches keeps, holds at its peak and sends."""
-    opt = optimizer("tied", stage, kind)
-    seen = {"rest": [opt.live_bytes()], "gathered": 0, "buckets": 0, "peak": 0}
+    opt = optimizer("tied", stage, kind, overlap=overlap)
+    seen = {"rest": [opt.live_bytes()], "gathered": 0, "buckets": 0}
 
-    def look(*_):
-        seen["peak"] = max(seen["peak"], sum(opt.live_bytes().values()))
-        seen["gathered"] = max(seen["gathered"], sum(u.present for u in opt.units))
+    def look():
+        whole = [u for u in opt.units if u.flat.untyped_storage().nbytes()]
+        seen["gathered"] = max(seen["gathered"], len(whole))
         seen["buckets"] = max(seen["buckets"], sum(u.bucket is not None for u in opt.units))
 
-    gather, reduce = z.Unit.gather, opt.reduce
-    z.Unit.gather = lambda unit: (gather(unit), look())
+    prefetch, reduce, peak = z.Unit.prefetch, opt.reduce, z.Peak(opt)
+    z.Unit.prefetch = lambda unit: (prefetch(unit), look())
     opt.reduce = lambda unit: (look(), reduce(unit))
-    for p in opt.model.parameters():
-        p.register_post_accumulate_grad_hook(look)
     SENT["bytes"] = 0
-    for step in range(2):
-        opt.backward(-token_logprobs(opt.model, *batch(step)).sum())
-        seen["rest"].append(opt.live_bytes())
-    opt.step(LR)
-    seen["sent"] = SENT["bytes"]
+    with peak:
+        for step in range(2):
+            opt.backward(-token_logprobs(opt.model, *batch(step)).sum())
+            seen["rest"].append(opt.live_bytes())
+        opt.step(LR)
+    seen["sent"], seen["peak"] = SENT["bytes"], sum(peak.most.values())
     with torch.no_grad():
         opt.model(batch(0)[0])
-    z.Unit.gather = gather
     seen["rest"].append(opt.live_bytes())
     parameters = list(opt.model.parameters())
     seen["absent"] = all(p.isnan().all() and p.untyped_storage().nbytes() <= 8 for p in parameters)
     seen["shapes"] = [p.shape for p in parameters] == [p.shape for p in build().parameters()]
-    return seen
+    training, seen["gathered"] = seen["gathered"], 0
+    for _ in opt.full_parameters():
+        look()
+    z.Unit.prefetch = prefetch
+    return seen | {"gathered": training, "for saving": seen["gathered"]}
 
 
-@pytest.mark.parametrize("world", [1, 2, 3])
-@pytest.mark.parametrize("kind", ["fp32", "bf16"])
-def test_live_bytes_equal_the_plan_with_padding_at_rest_and_at_the_peak(ranks, world, kind):
+@pytest.mark.parametrize("kind, world, overlap", [
+    ("fp32", 1, True), ("fp32", 2, True), ("bf16", 3, True), ("bf16", 2, False)])
+def test_live_bytes_equal_the_plan_with_padding_at_rest_and_at_the_peak(
+        ranks, kind, world, overlap):
     units = [-(-n // world) * world for n in (EMBED, BLOCK, BLOCK, NORM)]
-    width = DTYPES[kind].itemsize
+    width, shape = DTYPES[kind].itemsize, z.layers(build(), world)
     for stage in range(4):
         row = z.plan(sum(units), world, kind == "bf16", 2)[stage]
-        for seen in ranks(world, observe, stage, kind):
+        above = width * z.buffers(shape, stage, world > 1, overlap)
+        for seen in ranks(world, observe, stage, kind, overlap):
             for live in seen["rest"]:
+                assert live.pop("buffers") == 0
                 assert live == {k: row[k] for k in ("parameters", "gradients", "optimizer")}, stage
             assert seen["absent"] == (stage == 3) and seen["shapes"]
-            assert seen["gathered"] == (4 if stage < 3 else 1)  # one layer at a time
-            assert seen["buckets"] == (4 if stage < 2 else 1)  # one gradient at a time
-            above = width * max(units) * ((stage >= 2) + (stage == 3))
+            assert seen["gathered"] == (4 if stage < 3 else 1 + overlap)  # one layer and the next
+            assert seen["buckets"] == (0 if stage < 2 else 1 + overlap)
+            assert seen["for saving"] == (4 if stage < 3 else 1)
             assert seen["peak"] == row["total"] + above, stage
             assert seen["sent"] == row["sent"], stage
+
+
+def measured(rank, flags):
+    """What `zero.py measure` prints."""
+    sys.argv[1:] = ["measure", "--threads", "1", *flags.split()]
+    with contextlib.redirect_stdout(io.StringIO()) as out:
+        z.main(model)
+    return out.getvalue()
+
+
+@pytest.mark.parametrize("world, flags", [
+    (2, "--dtype bf16 --model small"), (3, "--dtype fp32 --no-overlap --micro-batches 1")])
+def test_measure_prints_a_real_model_in_every_stage_equal_to_the_plan(ranks, world, flags):
+    out = ranks(world, measured, f"--steps 1 --rows 1 --context 64 {flags}")[0].splitlines()
+    plain, recomputed = (int(line.split()[3].replace(",", "")) for line in out[1:3])
+    assert 0 < 5 * recomputed < plain
+    for stage in range(4):
+        peak, plan = ([line.split()[2:] for line in out if line.startswith(f"{stage:>4}{what:>8}")]
+                      for what in ("peak", "plan"))
+        assert peak[0][:5] == plan[0] and len(plan[0]) == 5  # four kinds, and what is sent
+        assert float(peak[0][5]) > 0 and int(peak[0][6].replace(",", "")) > 1e8
+
+
+def test_saved_bytes_are_the_tensors_that_backward_needs(alone):
+    net = torch.nn.Sequential(torch.nn.Linear(5, 7), torch.nn.Tanh())
+    x = torch.ones(3, 5)
+    assert z.saved_bytes(lambda: net(x).sum(), net) == 4 * (3 * 5 + 3 * 7)  # x, and tanh's output
 
 
 def traffic(rank, stage, k, changes, checkpointing):
@@ -240,13 +274,14 @@ def kernel_bytes():
     (2, 3, {}, True), (3, 1, {}, False), (3, 3, {"tie_word_embeddings": False}, False)])
 def test_bytes_sent_follow_the_formula_and_the_kernel_agrees(
         ranks, world, k, changes, checkpointing):
-    padded = {n: -(-n // world) * world for n in (EMBED, BLOCK, NORM)}
-    outer = padded[EMBED] * (2 if changes else 1)
-    size = outer + 2 * padded[BLOCK] + padded[NORM]
+    embed, block, norm = (-(-n // world) * world for n in (EMBED, BLOCK, NORM))
+    size, f = embed * (2 if changes else 1) + 2 * block + norm, (world - 1) / world
+    shape = z.layers(CausalLM(ModelConfig(**SHAPE | changes)), world)
     for stage in range(4):
-        expected = z.plan(size, world, False, k)[stage]["sent"]
+        expected = 4 * size * f * (2, 2, k + 1, 3 * k)[stage]
         if stage == 3 and changes:  # untied: embedding and head are gathered once
-            expected -= k * 4 * outer * (world - 1) / world
+            expected -= k * 4 * 2 * embed * f
+        assert z.plan_layers(shape, world, False, k, True)[stage]["sent"] == expected
         for counted, kernel in ranks(world, traffic, stage, k, changes, checkpointing):
             assert counted == expected, stage
             assert counted < kernel < 1.2 * counted + 4000  # gloo's headers; its messages are small
