@@ -40,6 +40,7 @@ import statistics
 import subprocess
 import sys
 import time
+import traceback
 import weakref
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, fields
@@ -67,6 +68,7 @@ class BaseConfig:
     dtype: str = "auto"  # fp32, bf16, fp16, or auto: bf16 where the device is fast in it
     threads: int = 0  # CPU threads per process; 0: the cores divided by the processes
     deterministic: bool = False  # CUDA: only kernels that give the same bits twice
+    timeout: float = 600.0  # seconds that a rank waits for the others before it ends
 
 
 @dataclass
@@ -83,13 +85,13 @@ class RunConfig(BaseConfig):
     weight_decay: float = 0.1  # AdamW's, on weights of two and more dimensions
     grad_clip: float = 1.0  # largest norm of the gradient
     checkpointing: bool = False  # recompute activations in backward (D4 2.4.2)
-    save_every: int = 500  # steps between two saved training states
+    save_every: int = 500  # steps between two saved training states; 0: save only when stopped
     log_every: float = 10.0  # seconds between two printed lines where the output is no terminal
 
 
 # These may change between a run and its resumption: speed and memory, not what is trained.
 FREE = {"out", "fresh", "micro_tokens", "zero", "device", "dtype", "threads", "checkpointing",
-        "save_every", "log_every"}
+        "save_every", "log_every", "timeout"}
 DTYPES = {"fp64": torch.float64, "fp32": torch.float32, "bf16": torch.bfloat16,
           "fp16": torch.float16}
 
@@ -113,10 +115,52 @@ def parse_config(Config, argv=None):
 
 
 def launch(main, Config, argv=None):
-    """Runs main(config), under `python x.py` and `torchrun x.py` alike."""
-    main(parse_config(Config, argv))
+    """Runs main(config), under `python x.py` and `torchrun x.py` alike; if a rank fails, all end
+    with its message."""
+    try:
+        main(parse_config(Config, argv))
+    except (Exception, SystemExit) as error:
+        asked = isinstance(getattr(error, "code", None), int)  # to stop
+        if asked or not dist.is_initialized() or dist.get_world_size() == 1:
+            raise
+        raise SystemExit(first_failure(error)) from None
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+def first_failure(error, patience=3.0) -> str:
+    """What the first rank that failed said, and which ranks say nothing: the others only see that
+    a collective broke. They tell each other through torchrun's store, which outlives them."""
+    rank, world = dist.get_rank(), dist.get_world_size()
+    kind = "" if isinstance(error, SystemExit) else f"{type(error).__name__}: "
+    first = mine = f"rank {rank}: {kind}{error}"
+    silent = []
+    try:
+        store = meeting_place("failures", patience, serve=False)
+        first = store.compare_set("first", "", mine).decode()
+        store.set(str(rank), "here")
+        if kind and first == mine:
+            traceback.print_exception(error)
+        dist.destroy_process_group()  # wakes who waits for this rank
+        end = time.time() + patience
+        while time.time() < end and (
+                silent := [r for r in range(world) if not store.check([str(r)])]):
+            time.sleep(0.05)
+    except dist.DistError:
+        first += "; the machine that keeps the ranks' messages is gone"
+    lost = ", ".join(map(str, silent))
+    return f"no sign of rank {lost}: killed, frozen or cut off ({first})" if silent else first
+
+
+def meeting_place(name, seconds, serve=True):
+    """The store that torchrun serves (without it: rank 0), by which the ranks find each other. Each
+    restart has a part of its own: in the last one's stand the addresses of the dead."""
+    env = os.environ
+    serve = serve and env["RANK"] == "0" and env.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+    store = dist.TCPStore(env["MASTER_ADDR"], int(env["MASTER_PORT"]), is_master=serve,
+                          timeout=datetime.timedelta(seconds=seconds), wait_for_workers=False,
+                          use_libuv=sys.platform != "win32")
+    return dist.PrefixStore(f"{name} {env.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
 
 
 def setup(cfg) -> tuple[torch.device, torch.dtype]:
@@ -134,10 +178,12 @@ def setup(cfg) -> tuple[torch.device, torch.dtype]:
     if cuda:
         torch.cuda.set_device(device)
     if not dist.is_initialized():
-        os.environ.setdefault("USE_LIBUV", "0" if sys.platform == "win32" else "1")
-        alone = {"store": dist.HashStore(), "rank": 0, "world_size": 1}
-        dist.init_process_group("nccl" if cuda else "gloo", timeout=datetime.timedelta(minutes=10),
-                                **({} if "RANK" in os.environ else alone))
+        many = "RANK" in os.environ
+        dist.init_process_group(
+            "nccl" if cuda else "gloo", timeout=datetime.timedelta(seconds=cfg.timeout),
+            store=meeting_place("ranks", cfg.timeout) if many else dist.HashStore(),
+            rank=int(os.environ["RANK"]) if many else 0,
+            world_size=int(os.environ["WORLD_SIZE"]) if many else 1)
     if cfg.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
@@ -211,7 +257,7 @@ def prepared(ready, build):
 def write_atomically(path, write):
     """Calls write(binary file) on a neighbour that is renamed when it is on disk: a reader, or a
     run killed at any instant, sees the old file or the whole new one."""
-    temporary = Path(f"{path}.tmp")
+    temporary = Path(f"{path}.tmp{os.environ.get('RANK', '')}")  # two machines may build one file
     with open(temporary, "wb") as file:
         write(file)
         file.flush()
@@ -253,7 +299,9 @@ class Run:
         for path in inputs:
             if not Path(path).is_file():
                 raise SystemExit(f"{path}: no such file")
-        hashes, fresh = {str(p): file_hash(p) for p in inputs}, cfg.fresh
+        hashes = {str(p): file_hash(p) for p in inputs}
+        # a restart by torchrun --max-restarts goes on with what --fresh began
+        fresh = cfg.fresh and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0"
         metrics = self.out / "metrics.jsonl"
         trained = metrics.exists() and metrics.stat().st_size > 0  # else there is nothing to lose
         if (self.out / "run.json").exists() and trained and not fresh:
@@ -344,7 +392,8 @@ class Run:
         """After every step: saves when it is time; saves and ends if any rank was asked to stop."""
         device = next(iter(optimizers.values())).device
         stop = all_sum(bool(self.stopping), device=device)[0] > 0
-        if stop or (step + 1) % self.cfg.save_every == 0 and step + 1 < self.steps:
+        every = self.cfg.save_every or self.steps
+        if stop or (step + 1) % every == 0 and step + 1 < self.steps:
             seconds = self.seconds + time.time() - self.began
             save_state(self.out / "state", optimizers, {"step": step + 1, "seconds": seconds})
         if stop:
@@ -757,7 +806,8 @@ def save_state(folder, optimizers, numbers):
     write_atomically(path, lambda file: torch.save(states, file))
     dist.all_gather_object(hashes, file_hash(path))
     if rank == 0:
-        write_json(target / "manifest.json", numbers | {"files": hashes})
+        content = numbers | {"files": hashes}
+        write_json(target / "manifest.json", content | {"check": keyed_seed(content)})
         # whatever stands behind this step belongs to a past that was given up
         whole = sorted(m.parent for m in folder.glob("step-*/manifest.json") if m.parent <= target)
         for old in set(folder.glob("step-*")) - set(whole[-2:]):
@@ -771,10 +821,16 @@ def load_state(folder, optimizers) -> dict:
     chosen = [None]
     if dist.get_rank() == 0:
         for manifest in sorted(Path(folder).glob("step-*/manifest.json"), reverse=True):
-            numbers = json.loads(manifest.read_text(encoding="utf-8"))
-            files = [manifest.with_name(f"rank-{r}.pt") for r in range(len(numbers["files"]))]
-            bad = [file for file, expected in zip(files, numbers["files"])
-                   if not file.exists() or file_hash(file) != expected]
+            try:
+                numbers = json.loads(manifest.read_bytes())
+                whole = numbers.pop("check") == keyed_seed(numbers)
+            except (ValueError, KeyError, AttributeError):  # no JSON, or of another form
+                whole = False
+            expected = numbers["files"] if whole else []
+            files = [manifest.with_name(f"rank-{r}.pt") for r in range(len(expected))]
+            bad = [] if whole else [manifest]
+            bad += [file for file, digest in zip(files, expected)
+                    if not file.exists() or file_hash(file) != digest]
             if not bad:
                 chosen = [(numbers, [str(file) for file in files])]
                 break

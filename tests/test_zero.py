@@ -402,13 +402,20 @@ def test_a_damaged_state_falls_back_to_the_one_before(alone, tmp_path, capsys):
         weights[step] = flat(opt.full_parameters())
         z.save_state(tmp_path, {"policy": opt}, {"step": step})
     assert steps() == [3, 4]  # the newest and the one before
-    path = tmp_path / "step-00000004" / "rank-0.pt"
-    content = bytearray(path.read_bytes())
-    content[len(content) // 2] ^= 1
-    path.write_bytes(content)
-    assert z.load_state(tmp_path, {"policy": opt})["step"] == 3
-    assert "step-00000004" in capsys.readouterr().out
-    assert np.array_equal(flat(opt.full_parameters()), weights[3])
+    for name, place in (("rank-0.pt", None), ("rank-0.pt", 0), ("manifest.json", 13),
+                        ("manifest.json", None), ("manifest.json", 0)):
+        path = tmp_path / "step-00000004" / name
+        whole = path.read_bytes()
+        half, flipped = whole[: len(whole) // 2], bytearray(whole)
+        flipped[place or len(whole) // 2] ^= 1
+        path.write_bytes(half if place == 0 else flipped)
+        assert z.load_state(tmp_path, {"policy": opt})["step"] == 3
+        assert f"step-00000004/{name} is damaged; going back" in capsys.readouterr().out
+        assert np.array_equal(flat(opt.full_parameters()), weights[3])
+        path.write_bytes(whole)
+    assert z.load_state(tmp_path, {"policy": opt})["step"] == 4
+    path.write_bytes(half)
+    assert z.load_state(tmp_path, {"policy": opt})["step"] == 3 and capsys.readouterr().out
     z.save_state(tmp_path, {"policy": opt}, {"step": 3})
     assert steps() == [3]  # what stood behind the step gone back to was given up
     (tmp_path / "step-00000005").mkdir()
@@ -556,6 +563,18 @@ def test_the_same_config_resumes_and_cuts_the_metrics_back(folder):
         Run(replace(cfg, lr=0.5), 10)
     assert (folder / "run.json").read_text() == before and logged(cfg) == list(range(7))
     assert work(replace(cfg, lr=0.5, fresh=True), 2) == 0 and logged(cfg) == [0, 1]
+
+
+def test_nothing_is_saved_on_the_way_with_save_every_0_and_a_restart_is_not_fresh(
+        folder, monkeypatch):
+    cfg = RunConfig(out=str(folder), save_every=0)
+    assert work(cfg, 8) == 0 and not (folder / "state").exists()
+    cfg = replace(cfg, save_every=4, fresh=True)
+    assert work(cfg, 8) == 0
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    assert work(cfg, 9) == 8
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "0")
+    assert work(cfg, 9) == 0
 
 
 def test_a_run_that_never_took_a_step_binds_nobody_to_its_config(folder):
