@@ -84,6 +84,7 @@ class RunConfig(BaseConfig):
     min_lr: float = 0.1  # end of the cosine, as a share of the peak
     weight_decay: float = 0.1  # AdamW's, on weights of two and more dimensions
     grad_clip: float = 1.0  # largest norm of the gradient
+    offload: bool = False  # fp32 weights and Adam's moments in CPU memory (ZeRO-Offload)
     checkpointing: bool = False  # recompute activations in backward (D4 2.4.2)
     save_every: int = 500  # steps between two saved training states; 0: save only when stopped
     log_every: float = 10.0  # seconds between two printed lines where the output is no terminal
@@ -91,7 +92,7 @@ class RunConfig(BaseConfig):
 
 # These may change between a run and its resumption: speed and memory, not what is trained.
 FREE = {"out", "fresh", "micro_tokens", "zero", "device", "dtype", "threads", "checkpointing",
-        "save_every", "log_every", "timeout"}
+        "save_every", "log_every", "timeout", "offload"}
 DTYPES = {"fp64": torch.float64, "fp32": torch.float32, "bf16": torch.bfloat16,
           "fp16": torch.float16}
 
@@ -468,7 +469,7 @@ class Unit:
     this rank's slice [lo, hi).
     """
 
-    def __init__(self, name, parameters, stage, dtype, device):
+    def __init__(self, name, parameters, stage, dtype, device, offload):
         rank, world = dist.get_rank(), dist.get_world_size()
         self.name, self.stage = name, stage
         self.parameters = sorted(parameters, key=lambda p: p.dim() < 2)
@@ -498,9 +499,10 @@ class Unit:
         if not self.trainable:
             return
         # 16-bit weights lose updates below 1/256 of themselves: Adam works on an fp32 master copy.
-        self.master = self.shard
-        if dtype.itemsize == 2:
-            self.master = exact[self.lo : self.hi].to(torch.float32, copy=True)
+        self.master, exact = self.shard, exact[self.lo : self.hi]
+        if dtype.itemsize == 2 or offload:
+            wide = torch.float32 if dtype.itemsize == 2 else dtype
+            self.master = exact.to("cpu" if offload else device, wide, copy=True)
         self.exp_avg = torch.zeros_like(self.master)
         self.exp_avg_sq = torch.zeros_like(self.master)
         # The gradient at rest: whole in stages 0 and 1, this rank's slice in stages 2 and 3.
@@ -550,9 +552,9 @@ class Sharded:
     By itself it serves frozen models (PPO's reference and reward model): no gradients, no Adam.
     overlap: what is sent travels while the model computes, one layer ahead and at most one."""
 
-    def __init__(self, model, stage=0, dtype=None, device=None, overlap=True):
+    def __init__(self, model, stage=0, dtype=None, device=None, overlap=True, offload=False):
         first = next(model.parameters())
-        self.model, self.stage, self.overlap = model, stage, overlap
+        self.model, self.stage, self.overlap, self.offload = model, stage, overlap, offload
         self.dtype, self.device = dtype or first.dtype, device or first.device
         self.units, self.owner, self.holding = [], {}, 0
         self.order, self.way = [], 1  # each layer's units in the order of forward; -1: backward
@@ -562,7 +564,7 @@ class Sharded:
                 new = [p for p in parameters
                        if p not in self.owner and p.requires_grad == trainable]
                 if new:
-                    unit = Unit(path + suffix, new, stage, self.dtype, self.device)
+                    unit = Unit(path + suffix, new, stage, self.dtype, self.device, offload)
                     unit.release()
                     self.units.append(unit)
                     self.owner |= dict.fromkeys(new, unit)
@@ -624,9 +626,11 @@ class Sharded:
         trained, whole = [u for u in self.units if u.trainable], self.stage < 3
         kinds = {"parameters": [u.flat if whole else u.shard for u in self.units],
                  "gradients": [u.grad for u in trained],
-                 "optimizer": [t for u in trained for t in (u.master, u.exp_avg, u.exp_avg_sq)],
+                 "optimizer": [], "host": [],
                  "buffers": [t for u in self.units for t in (u.flat, u.bucket, u.received)
                              if t is not None]}
+        kinds["host" if self.offload else "optimizer"] = [
+            t for u in trained for t in (u.master, u.exp_avg, u.exp_avg_sq)]
         count, seen = {}, set()
         for kind, tensors in kinds.items():  # an fp32 master is the shard, and counted there
             storages = {t.untyped_storage().data_ptr(): t.untyped_storage() for t in tensors}
@@ -636,6 +640,16 @@ class Sharded:
 
 
 # ==== the optimizer
+
+
+PIECE = {"cpu": 1 << 17, "cuda": 1 << 24}  # elements; on a CPU all of a piece fits the cache
+
+
+def pieces(flat) -> list[slice]:
+    """The slices in which Adam walks through a flat tensor, so that what it needs besides stays
+    small, on a CPU in the cache."""
+    size = PIECE[flat.device.type]
+    return [slice(i, i + size) for i in range(0, flat.numel(), size)]
 
 
 def adamw_(weight, grad, exp_avg, exp_avg_sq, t, lr, beta1, beta2, eps, weight_decay, decayed):
@@ -662,11 +676,14 @@ class AdamW(Sharded):
     """AdamW over ZeRO stages 0-3: backward(loss) once per micro-batch, then step(lr)."""
 
     def __init__(self, model, stage=0, dtype=None, device=None, betas=(0.9, 0.95), eps=1e-8,
-                 weight_decay=0.1, grad_clip=1.0, overlap=True):
-        super().__init__(model, stage, dtype, device, overlap)
+                 weight_decay=0.1, grad_clip=1.0, overlap=True, offload=False):
+        super().__init__(model, stage, dtype, device, overlap, offload)
         self.betas, self.eps = betas, eps
         self.weight_decay, self.grad_clip = weight_decay, grad_clip
         self.trained, self.t = [u for u in self.units if u.trainable], 0
+        # offload: what travels between GPU and host passes through memory that cannot be paged out
+        self.pinned = torch.empty(PIECE["cpu"], dtype=self.dtype, pin_memory=torch.device(
+            self.device).type == "cuda") if offload else None
         self.away = None  # the unit whose gradient is on its way, and its works
         mine = weakref.proxy(self)  # a hook in C++ that held us would keep us for ever
         # fp16 gradients below 6e-8 vanish: the loss is scaled up, by trial (D4 2.4.2)
@@ -732,7 +749,8 @@ class AdamW(Sharded):
             self.finish()
         grads = [u.grad[u.lo : u.hi] if self.stage < 2 else u.grad for u in self.trained]
         # each element is counted once: over all ranks' slices, or here where everything is here
-        norms = [torch.linalg.vector_norm(grad, dtype=torch.float64) for grad in grads]
+        norms = [torch.linalg.vector_norm(grad[part], dtype=torch.float64)
+                 for grad in grads for part in pieces(grad)]
         square = torch.stack(norms).square().sum()
         if self.stage > 0:
             dist.all_reduce(square)
@@ -742,8 +760,11 @@ class AdamW(Sharded):
             factor = min(1.0, self.grad_clip / (norm + 1e-6)) / self.scale
             numbers = self.t, lr, *self.betas, self.eps, self.weight_decay
             for u, grad in zip(self.trained, grads):
-                grad, decayed = grad.to(u.master.dtype) * factor, max(0, u.decayed - u.lo)
-                adamw_(u.master, grad, u.exp_avg, u.exp_avg_sq, *numbers, decayed)
+                for part in pieces(u.master):
+                    state = u.exp_avg[part], u.exp_avg_sq[part]
+                    scaled = self.staged(grad[part]).to(u.master.dtype) * factor
+                    decayed = max(0, u.decayed - u.lo - part.start)
+                    adamw_(u.master[part], scaled, *state, *numbers, decayed)
             self.publish()
         elif self.dtype != torch.float16:
             raise SystemExit(f"step {self.t}: the gradient is not finite; lower --lr, or look at "
@@ -756,10 +777,14 @@ class AdamW(Sharded):
     def publish(self):
         """Master weights → weights of the training dtype, wherever they are computed with."""
         for unit in self.trained:
-            if unit.master is not unit.shard:
-                unit.shard.copy_(unit.master)
+            for part in pieces(unit.master) if unit.master is not unit.shard else ():
+                unit.shard[part].copy_(self.staged(unit.master[part]))
             if self.stage in (1, 2) or self.stage == 3 and unit.present:
                 wait(all_gather(unit.flat, unit.shard))
+
+    def staged(self, source):
+        """A piece on its way between GPU and host (offload); else the piece itself."""
+        return source if self.pinned is None else self.pinned[: source.numel()].copy_(source)
 
     def adjust_scale(self, finite):
         """fp16 only: halve the loss scale at an overflow, double it after 1000 good steps."""
@@ -891,10 +916,11 @@ def buffers(layers, stage, receiving, overlap=True) -> int:
     return most
 
 
-def plan_layers(layers, world, sixteen_bit, micro_batches, receiving, overlap=True) -> list[dict]:
+def plan_layers(layers, world, sixteen_bit, micro_batches, receiving, overlap=True,
+                offload=False) -> list[dict]:
     """plan() of a model's layers(), with the buffers of a step, and in stage 3 without the gathers
     that the ends save: backward needs the embedding no more and the head still."""
-    rows = plan(sum(dict(layers).values()), world, sixteen_bit, micro_batches)
+    rows = plan(sum(dict(layers).values()), world, sixteen_bit, micro_batches, offload)
     width, sizes = 2 if sixteen_bit else 4, [size for _, size in layers]
     moved = sum(sizes) + sum(sizes[1:-1]) + sum(dict(layers).values())  # gathered, reduced
     rows[3]["sent"] = width * micro_batches * moved * (world - 1) / world
@@ -1015,6 +1041,7 @@ class MeasureConfig(BaseConfig):
     micro_batches: int = 2  # per optimizer step
     steps: int = 5  # optimizer steps in every stage
     overlap: bool = True  # send while the model computes
+    offload: bool = False  # fp32 weights and Adam's moments in CPU memory
 
 
 def train_stage(optimizer, loss, cfg, device) -> dict:
@@ -1044,7 +1071,8 @@ def measure(cfg, presets, build, logprobs):
 
     def optimizer(stage):
         torch.manual_seed(cfg.seed)
-        return AdamW(build(config), stage, dtype, device, overlap=cfg.overlap)
+        return AdamW(build(config), stage, dtype, device, overlap=cfg.overlap,
+                     offload=cfg.offload)
 
     net = optimizer(0).model
     for net.model.activation_checkpointing in (False, True):
@@ -1053,11 +1081,12 @@ def measure(cfg, presets, build, logprobs):
                f"{net.model.activation_checkpointing}")
     shape = layers(net, world)
     del net
-    columns = ("parameters", "gradients", "optimizer", "buffers", "sent/step")
+    columns = ("parameters", "gradients", "optimizer", "buffers", "host", "sent/step")
     print0(f"{config}\nbytes on rank 0, at rest and at the peak of a step, measured and planned\n"
            f"{'stage':>12}", *(f"{c:>14}" for c in columns), f"{'ms/step':>10}{'memory':>16}", sep="")
     received = device.type == "cpu" and world > 1
-    rows = plan_layers(shape, world, width == 2, cfg.micro_batches, received, cfg.overlap)
+    rows = plan_layers(shape, world, width == 2, cfg.micro_batches, received, cfg.overlap,
+                       cfg.offload)
     for stage, row in enumerate(rows):
         one = optimizer(stage)
         found = train_stage(one, lambda: loss(one.model), cfg, device)

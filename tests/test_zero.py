@@ -141,6 +141,23 @@ def test_every_stage_trains_like_torch_adamw_on_the_batch(ranks, world, case, ki
             assert np.array_equal(results[0][stage][1], results[0][0][1]), stage
 
 
+@pytest.mark.parametrize("kind", ["fp32", "bf16"])
+@pytest.mark.parametrize("stage", [0, 2, 3])
+def test_offload_trains_the_same_bits_in_pieces_of_any_size(alone, monkeypatch, kind, stage):
+    case = "untied, biases, partly frozen"
+    plain = optimizer(case, stage, kind)
+    norms, weights = advance(plain, case, 0, 3), flat(plain.full_parameters())
+    monkeypatch.setitem(z.PIECE, "cpu", 500)  # smaller than a unit
+    away = optimizer(case, stage, kind, offload=True)
+    assert len(away.pinned) == 500 and away.live_bytes()["optimizer"] == 0
+    assert away.live_bytes()["host"] == 12 * sum(u.flat.numel() for u in away.trained)
+    assert advance(away, case, 0, 3) == pytest.approx(norms, rel=1e-12)
+    assert np.array_equal(flat(away.full_parameters()), weights)
+    again = optimizer(case, stage, kind, seed=1)  # a state is the same with and without
+    again.load([away.state()])
+    assert all(torch.equal(a.shard, b.shard) for a, b in zip(again.trained, away.trained))
+
+
 def test_weights_decay_and_vectors_do_not(alone):
     opt = optimizer("untied, biases, partly frozen", 2)
     before = {n: p.clone() for n, p in opt.model.named_parameters()}
@@ -208,8 +225,8 @@ def test_live_bytes_equal_the_plan_with_padding_at_rest_and_at_the_peak(
         above = width * z.buffers(shape, stage, world > 1, overlap)
         for seen in ranks(world, observe, stage, kind, overlap):
             for live in seen["rest"]:
-                assert live.pop("buffers") == 0
-                assert live == {k: row[k] for k in ("parameters", "gradients", "optimizer")}, stage
+                expected = ("parameters", "gradients", "optimizer", "host")
+                assert live == {k: row[k] for k in expected} | {"buffers": 0}, stage
             assert seen["absent"] == (stage == 3) and seen["shapes"]
             assert seen["gathered"] == (4 if stage < 3 else 1 + overlap)  # one layer and the next
             assert seen["buckets"] == (0 if stage < 2 else 1 + overlap)
@@ -227,7 +244,7 @@ def measured(rank, flags):
 
 
 @pytest.mark.parametrize("world, flags", [
-    (2, "--dtype bf16 --model small"), (3, "--dtype fp32 --no-overlap --micro-batches 1")])
+    (2, "--dtype fp32 --no-overlap --model small --micro-batches 1"), (3, "--dtype bf16 --offload")])
 def test_measure_prints_a_real_model_in_every_stage_equal_to_the_plan(ranks, world, flags):
     out = ranks(world, measured, f"--steps 1 --rows 1 --context 64 {flags}")[0].splitlines()
     plain, recomputed = (int(line.split()[3].replace(",", "")) for line in out[1:3])
@@ -235,8 +252,8 @@ def test_measure_prints_a_real_model_in_every_stage_equal_to_the_plan(ranks, wor
     for stage in range(4):
         peak, plan = ([line.split()[2:] for line in out if line.startswith(f"{stage:>4}{what:>8}")]
                       for what in ("peak", "plan"))
-        assert peak[0][:5] == plan[0] and len(plan[0]) == 5  # four kinds, and what is sent
-        assert float(peak[0][5]) > 0 and int(peak[0][6].replace(",", "")) > 1e8
+        assert peak[0][:6] == plan[0] and len(plan[0]) == 6  # five kinds, and what is sent
+        assert float(peak[0][6]) > 0 and int(peak[0][7].replace(",", "")) > 1e8
 
 
 def test_saved_bytes_are_the_tensors_that_backward_needs(alone):
