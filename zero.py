@@ -642,7 +642,7 @@ class Sharded:
 # ==== the optimizer
 
 
-PIECE = {"cpu": 1 << 17, "cuda": 1 << 24}  # elements; on a CPU all of a piece fits the cache
+PIECE = {"cpu": 1 << 18, "cuda": 1 << 24}  # elements; on a CPU a piece stays in the cache
 
 
 def pieces(flat) -> list[slice]:
@@ -684,7 +684,7 @@ class AdamW(Sharded):
         # offload: what travels between GPU and host passes through memory that cannot be paged out
         self.pinned = torch.empty(PIECE["cpu"], dtype=self.dtype, pin_memory=torch.device(
             self.device).type == "cuda") if offload else None
-        self.away = None  # the unit whose gradient is on its way, and its works
+        self.away, self.spreading = None, []  # the unit whose gradient is on its way, and its works
         mine = weakref.proxy(self)  # a hook in C++ that held us would keep us for ever
         # fp16 gradients below 6e-8 vanish: the loss is scaled up, by trial (D4 2.4.2)
         self.scale, self.good = (65536.0 if self.dtype == torch.float16 else 1.0), 0
@@ -723,7 +723,7 @@ class AdamW(Sharded):
             if self.stage >= 2:
                 unit.grad += mine
             elif self.stage == 0:
-                wait(all_gather(unit.grad, mine))
+                self.spreading += all_gather(unit.grad, mine)
             unit.bucket = unit.received = None
 
     def backward(self, loss):
@@ -747,6 +747,8 @@ class AdamW(Sharded):
             for unit in self.trained:
                 self.reduce(unit)
             self.finish()
+            wait(self.spreading)
+            self.spreading = []
         grads = [u.grad[u.lo : u.hi] if self.stage < 2 else u.grad for u in self.trained]
         # each element is counted once: over all ranks' slices, or here where everything is here
         norms = [torch.linalg.vector_norm(grad[part], dtype=torch.float64)
@@ -776,11 +778,13 @@ class AdamW(Sharded):
 
     def publish(self):
         """Master weights → weights of the training dtype, wherever they are computed with."""
+        works = []
         for unit in self.trained:
             for part in pieces(unit.master) if unit.master is not unit.shard else ():
                 unit.shard[part].copy_(self.staged(unit.master[part]))
             if self.stage in (1, 2) or self.stage == 3 and unit.present:
-                wait(all_gather(unit.flat, unit.shard))
+                works += all_gather(unit.flat, unit.shard)
+        wait(works)
 
     def staged(self, source):
         """A piece on its way between GPU and host (offload); else the piece itself."""
