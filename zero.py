@@ -2,6 +2,7 @@
 the ranks.
 
     python zero.py plan --params 7.5e9 --world-size 64    bytes per GPU and traffic of every stage
+    python zero.py plan --model llama-7b --world-size 8   a model by its shapes; --rlhf: PPO's four
     torchrun --nproc-per-node 2 zero.py measure           the same beside live tensors of a model
 
 Bytes per parameter on each of N ranks, at rest between backward and step (D0 4.2.1; ZeRO paper,
@@ -13,9 +14,11 @@ section 3), and bytes sent per step with k micro-batches, Ψ bytes of weights, f
     2  gradients too                4 + 12/N       2 + 14/N                     (k+1)Ψf
     3  parameters too               16/N           16/N                         3kΨf
 
-Every stage is the last one with one thing less kept: the update is always `adamw_` on a flat shard,
-the gradient always the sum over ranks of a flat buffer, so all stages give the same numbers. There
-is no wrapper around the model:
+Offload moves the optimizer's part to the CPU: fp32 weights and moments, 12/N bytes of host memory.
+A step needs buffers besides: what it gathers (one layer, and the next one on its way), the gradient
+of a layer (and the one before, on its way). Every stage is the last one with one thing less kept:
+the update is always `adamw_` on a flat shard, the gradient always the sum over ranks of a flat
+buffer, so all stages give the same numbers. There is no wrapper around the model:
     optimizer = AdamW(model, stage=3, ...);  optimizer.backward(loss);  optimizer.step(lr)
 A loss is a sum divided by its count over the whole optimizer step, all ranks and micro-batches:
 gradients are added, never averaged (D4 5.3.2's loss / accumulation_steps is a mean of means, wrong
@@ -684,7 +687,8 @@ class AdamW(Sharded):
         # offload: what travels between GPU and host passes through memory that cannot be paged out
         self.pinned = torch.empty(PIECE["cpu"], dtype=self.dtype, pin_memory=torch.device(
             self.device).type == "cuda") if offload else None
-        self.away, self.spreading = None, []  # the unit whose gradient is on its way, and its works
+        self.away = None  # the unit whose gradient is on its way, and its works
+        self.spreading = []  # stage 0: works that send finished sums to all
         mine = weakref.proxy(self)  # a hook in C++ that held us would keep us for ever
         # fp16 gradients below 6e-8 vanish: the loss is scaled up, by trial (D4 2.4.2)
         self.scale, self.good = (65536.0 if self.dtype == torch.float16 else 1.0), 0
@@ -962,14 +966,19 @@ class PlanConfig:
     rlhf: bool = False  # PPO's four models and DPO's two as well
 
 
+def named(model, presets):
+    """The preset of that name."""
+    if model not in presets:
+        raise SystemExit(f"--model is one of {', '.join(presets)}")
+    return presets[model]
+
+
 def show_plan(cfg, presets, build):
     """Prints plan() in both ledgers, for a number of parameters or a model of the documents."""
     world, size, shape, k = cfg.world_size, cfg.params, None, cfg.micro_batches
     if cfg.model:
-        if cfg.model not in presets:
-            raise SystemExit(f"--model is one of {', '.join(presets)}")
         with torch.device("meta"):  # shapes without memory
-            net = build(presets[cfg.model])
+            net = build(named(cfg.model, presets))
         size, shape = sum(p.numel() for p in net.parameters()), layers(net, world)
     print(f"GB (10⁹ bytes) on each of {world} GPUs for {size:,.0f} parameters; the time of the "
           f"traffic at {cfg.bandwidth:g} GB/s")
@@ -1025,14 +1034,13 @@ def peak_memory(device) -> int:
         peak = torch.cuda.max_memory_allocated(device)
         torch.cuda.reset_peak_memory_stats(device)
         return peak
-    status = Path("/proc/self/status")
-    if not status.exists():
+    if sys.platform != "linux":
         return 0
-    peak = 1024 * int(re.search(r"VmHWM:\s+(\d+)", status.read_text())[1])
+    said = Path("/proc/self/status").read_text()
     gc.collect()  # hooks make a circle: model → hook → optimizer → model
     ctypes.CDLL(None).malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")  # the peak is now what is held
-    return peak
+    return 1024 * int(re.search(r"VmHWM:\s+(\d+)", said)[1])
 
 
 @dataclass
@@ -1067,7 +1075,7 @@ def train_stage(optimizer, loss, cfg, device) -> dict:
 def measure(cfg, presets, build, logprobs):
     """Trains a few steps in every stage and prints what a rank holds and sends beside the plan."""
     device, dtype = setup(cfg)
-    config, world, width = presets[cfg.model], dist.get_world_size(), dtype.itemsize
+    config, world = named(cfg.model, presets), dist.get_world_size()
 
     def loss(net):
         ids = torch.randint(0, config.vocab_size, (cfg.rows, cfg.context + 1), device=device)
@@ -1075,27 +1083,28 @@ def measure(cfg, presets, build, logprobs):
 
     def optimizer(stage):
         torch.manual_seed(cfg.seed)
-        return AdamW(build(config), stage, dtype, device, overlap=cfg.overlap,
-                     offload=cfg.offload)
+        options = {"overlap": cfg.overlap, "offload": cfg.offload}
+        return AdamW(build(config), stage, dtype, device, **options)
 
-    net = optimizer(0).model
-    for net.model.activation_checkpointing in (False, True):
-        kept = saved_bytes(lambda: loss(net), net)
-        print0(f"saved for backward: {kept:,} bytes, activation checkpointing "
-               f"{net.model.activation_checkpointing}")
-    shape = layers(net, world)
-    del net
+    one = optimizer(0)
+    for recompute in (False, True):
+        one.model.model.activation_checkpointing = recompute
+        kept = saved_bytes(lambda: loss(one.model), one.model)
+        print0(f"saved for backward: {kept:,} bytes, activation checkpointing {recompute}")
+    shape = layers(one.model, world)
     columns = ("parameters", "gradients", "optimizer", "buffers", "host", "sent/step")
     print0(f"{config}\nbytes on rank 0, at rest and at the peak of a step, measured and planned\n"
-           f"{'stage':>12}", *(f"{c:>14}" for c in columns), f"{'ms/step':>10}{'memory':>16}", sep="")
+           f"{'stage':>12}", *(f"{c:>14}" for c in columns), f"{'ms/step':>10}{'memory':>16}",
+           sep="")
     received = device.type == "cpu" and world > 1
-    rows = plan_layers(shape, world, width == 2, cfg.micro_batches, received, cfg.overlap,
-                       cfg.offload)
+    rows = plan_layers(shape, world, dtype.itemsize == 2, cfg.micro_batches, received,
+                       cfg.overlap, cfg.offload)
     for stage, row in enumerate(rows):
         one = optimizer(stage)
         found = train_stage(one, lambda: loss(one.model), cfg, device)
-        row["sent/step"] = row["sent"]
-        for title, numbers in (("at rest", found["at rest"]), ("peak", found["peak"]), ("plan", row)):
+        found["plan"] = row | {"sent/step": row["sent"]}
+        for title in ("at rest", "peak", "plan"):
+            numbers = found[title]
             cells = [f"{int(numbers[c]):>14,}" if c in numbers else "" for c in columns]
             end = f"{found['ms']:>10.1f}{found['memory']:>16,}" if title == "peak" else ""
             print0(f"{stage:>4}{title:>8}", *cells, end, sep="")

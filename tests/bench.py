@@ -174,11 +174,12 @@ def zero_main(args):
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--shape", choices=SHAPES, default="tiny")
-    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--rounds", type=int, help="default: 7, with --zero 21")
     parser.add_argument("--zero", action="store_true")
     parser.add_argument("--dtype", default="fp32", choices=["fp32", "bf16"])
     parser.add_argument("--memory", default="")
     args = parser.parse_args()
+    args.rounds = args.rounds or (21 if args.zero else 7)
     if args.zero:
         zero_main(args)
         return
