@@ -139,7 +139,7 @@ def main(cfg):
     model = load_model(cfg.init)
     model.model.activation_checkpointing = cfg.checkpointing
     optimizer = AdamW(model, cfg.zero, dtype, device, weight_decay=cfg.weight_decay,
-                      grad_clip=cfg.grad_clip)
+                      grad_clip=cfg.grad_clip, offload=cfg.offload)
     print0(f"{len(training)} pairs, {len(val)} held out")
 
     for step in range(run.resume(model=optimizer), steps):

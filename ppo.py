@@ -260,7 +260,8 @@ def main(cfg):
     weights = (f"{cfg.init}/model.safetensors", f"{cfg.reward}/model.safetensors")
     run = Run(cfg, cfg.steps, inputs=[*cfg.prompts.split(","), *weights])
     kind = (cfg.zero, dtype, device)
-    options = {"weight_decay": cfg.weight_decay, "grad_clip": cfg.grad_clip}
+    options = {"weight_decay": cfg.weight_decay, "grad_clip": cfg.grad_clip,
+               "offload": cfg.offload}
     policy = AdamW(load_model(cfg.init), *kind, **options)
     value = AdamW(load_model(cfg.reward, ScalarModel), *kind, **options)
     reference = Sharded(load_model(cfg.init).requires_grad_(False), *kind)

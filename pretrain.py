@@ -105,7 +105,7 @@ def main(cfg):
         model = CausalLM(ModelConfig(**shape | {"vocab_size": tokenizer.vocab_size}))
     model.model.activation_checkpointing = cfg.checkpointing
     optimizer = AdamW(model, cfg.zero, dtype, device, weight_decay=cfg.weight_decay,
-                      grad_clip=cfg.grad_clip)
+                      grad_clip=cfg.grad_clip, offload=cfg.offload)
     rank, world, per_step = dist.get_rank(), dist.get_world_size(), cfg.batch_size * cfg.context
     print0(f"{model.config.num_parameters():,} parameters, {len(train.ids):,} training tokens "
            f"({train.bytes / len(train.ids):.2f} bytes each), {per_step:,} per step, "

@@ -198,7 +198,7 @@ def main(cfg):
     model = load_model(cfg.init, ScalarModel)
     model.model.activation_checkpointing = cfg.checkpointing
     optimizer = AdamW(model, cfg.zero, dtype, device, weight_decay=cfg.weight_decay,
-                      grad_clip=cfg.grad_clip)
+                      grad_clip=cfg.grad_clip, offload=cfg.offload)
     print0(f"{len(items)} prompts with a preference, {len(val)} more held out; up to "
            f"{max(len(rows) for rows, _, _ in items)} replies per prompt")
 

@@ -105,7 +105,7 @@ def main(cfg):
     model = load_model(cfg.init)
     model.model.activation_checkpointing = cfg.checkpointing
     optimizer = AdamW(model, cfg.zero, dtype, device, weight_decay=cfg.weight_decay,
-                      grad_clip=cfg.grad_clip)
+                      grad_clip=cfg.grad_clip, offload=cfg.offload)
     rank, world = dist.get_rank(), dist.get_world_size()
     share = trained(rows) / sum(len(ids) for ids, _ in rows)
     print0(f"{len(rows):,} conversations, {share:.0%} of their tokens trained, {len(val)} held "

@@ -2,6 +2,7 @@
 the ranks.
 
     python zero.py plan --params 7.5e9 --world-size 64    bytes per GPU and traffic of every stage
+    python zero.py plan --model llama-7b --world-size 8   a model by its shapes; --rlhf: PPO's four
     torchrun --nproc-per-node 2 zero.py measure           the same beside live tensors of a model
 
 Bytes per parameter on each of N ranks, at rest between backward and step (D0 4.2.1; ZeRO paper,
@@ -13,9 +14,11 @@ section 3), and bytes sent per step with k micro-batches, Ψ bytes of weights, f
     2  gradients too                4 + 12/N       2 + 14/N                     (k+1)Ψf
     3  parameters too               16/N           16/N                         3kΨf
 
-Every stage is the last one with one thing less kept: the update is always `adamw_` on a flat shard,
-the gradient always the sum over ranks of a flat buffer, so all stages give the same numbers. There
-is no wrapper around the model:
+Offload moves the optimizer's part to the CPU: fp32 weights and moments, 12/N bytes of host memory.
+A step needs buffers besides: what it gathers (one layer, and the next one on its way), the gradient
+of a layer (and the one before, on its way). Every stage is the last one with one thing less kept:
+the update is always `adamw_` on a flat shard, the gradient always the sum over ranks of a flat
+buffer, so all stages give the same numbers. There is no wrapper around the model:
     optimizer = AdamW(model, stage=3, ...);  optimizer.backward(loss);  optimizer.step(lr)
 A loss is a sum divided by its count over the whole optimizer step, all ranks and micro-batches:
 gradients are added, never averaged (D4 5.3.2's loss / accumulation_steps is a mean of means, wrong
@@ -25,6 +28,8 @@ when lengths differ).
 import argparse
 import ctypes
 import datetime
+import functools
+import gc
 import hashlib
 import html
 import inspect
@@ -35,10 +40,13 @@ import platform
 import re
 import shutil
 import signal
+import statistics
 import subprocess
 import sys
 import time
-from contextlib import contextmanager
+import traceback
+import weakref
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
@@ -48,6 +56,7 @@ os.environ.setdefault("GOMP_SPINCOUNT", "2000")
 import torch
 import torch.distributed as dist
 import torch.nn as nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 # ==== launch
 
@@ -63,6 +72,7 @@ class BaseConfig:
     dtype: str = "auto"  # fp32, bf16, fp16, or auto: bf16 where the device is fast in it
     threads: int = 0  # CPU threads per process; 0: the cores divided by the processes
     deterministic: bool = False  # CUDA: only kernels that give the same bits twice
+    timeout: float = 600.0  # seconds that a rank waits for the others before it ends
 
 
 @dataclass
@@ -78,14 +88,15 @@ class RunConfig(BaseConfig):
     min_lr: float = 0.1  # end of the cosine, as a share of the peak
     weight_decay: float = 0.1  # AdamW's, on weights of two and more dimensions
     grad_clip: float = 1.0  # largest norm of the gradient
+    offload: bool = False  # fp32 weights and Adam's moments in CPU memory (ZeRO-Offload)
     checkpointing: bool = False  # recompute activations in backward (D4 2.4.2)
-    save_every: int = 500  # steps between two saved training states
+    save_every: int = 500  # steps between two saved training states; 0: save only when stopped
     log_every: float = 10.0  # seconds between two printed lines where the output is no terminal
 
 
 # These may change between a run and its resumption: speed and memory, not what is trained.
 FREE = {"out", "fresh", "micro_tokens", "zero", "device", "dtype", "threads", "checkpointing",
-        "save_every", "log_every"}
+        "save_every", "log_every", "timeout", "offload"}
 DTYPES = {"fp64": torch.float64, "fp32": torch.float32, "bf16": torch.bfloat16,
           "fp16": torch.float16}
 
@@ -109,10 +120,52 @@ def parse_config(Config, argv=None):
 
 
 def launch(main, Config, argv=None):
-    """Runs main(config), under `python x.py` and `torchrun x.py` alike."""
-    main(parse_config(Config, argv))
+    """Runs main(config), under `python x.py` and `torchrun x.py` alike; if a rank fails, all end
+    with its message."""
+    try:
+        main(parse_config(Config, argv))
+    except (Exception, SystemExit) as error:
+        asked = isinstance(getattr(error, "code", None), int)  # to stop
+        if asked or not dist.is_initialized() or dist.get_world_size() == 1:
+            raise
+        raise SystemExit(first_failure(error)) from None
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+def first_failure(error, patience=3.0) -> str:
+    """What the first rank that failed said, and which ranks say nothing: the others only see that
+    a collective broke. They tell each other through torchrun's store, which outlives them."""
+    rank, world = dist.get_rank(), dist.get_world_size()
+    kind = "" if isinstance(error, SystemExit) else f"{type(error).__name__}: "
+    first = mine = f"rank {rank}: {kind}{error}"
+    silent = []
+    try:
+        store = meeting_place("failures", patience, serve=False)
+        first = store.compare_set("first", "", mine).decode()
+        store.set(str(rank), "here")
+        if kind and first == mine:
+            traceback.print_exception(error)
+        dist.destroy_process_group()  # wakes who waits for this rank
+        end = time.time() + patience
+        while time.time() < end and (
+                silent := [r for r in range(world) if not store.check([str(r)])]):
+            time.sleep(0.05)
+    except dist.DistError:
+        first += "; the machine that keeps the ranks' messages is gone"
+    lost = ", ".join(map(str, silent))
+    return f"no sign of rank {lost}: killed, frozen or cut off ({first})" if silent else first
+
+
+def meeting_place(name, seconds, serve=True):
+    """The store that torchrun serves (without it: rank 0), by which the ranks find each other. Each
+    restart has a part of its own: in the last one's stand the addresses of the dead."""
+    env = os.environ
+    serve = serve and env["RANK"] == "0" and env.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+    store = dist.TCPStore(env["MASTER_ADDR"], int(env["MASTER_PORT"]), is_master=serve,
+                          timeout=datetime.timedelta(seconds=seconds), wait_for_workers=False,
+                          use_libuv=sys.platform != "win32")
+    return dist.PrefixStore(f"{name} {env.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
 
 
 def setup(cfg) -> tuple[torch.device, torch.dtype]:
@@ -130,10 +183,12 @@ def setup(cfg) -> tuple[torch.device, torch.dtype]:
     if cuda:
         torch.cuda.set_device(device)
     if not dist.is_initialized():
-        os.environ.setdefault("USE_LIBUV", "0" if sys.platform == "win32" else "1")
-        alone = {"store": dist.HashStore(), "rank": 0, "world_size": 1}
-        dist.init_process_group("nccl" if cuda else "gloo", timeout=datetime.timedelta(minutes=10),
-                                **({} if "RANK" in os.environ else alone))
+        many = "RANK" in os.environ
+        dist.init_process_group(
+            "nccl" if cuda else "gloo", timeout=datetime.timedelta(seconds=cfg.timeout),
+            store=meeting_place("ranks", cfg.timeout) if many else dist.HashStore(),
+            rank=int(os.environ["RANK"]) if many else 0,
+            world_size=int(os.environ["WORLD_SIZE"]) if many else 1)
     if cfg.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
@@ -207,7 +262,7 @@ def prepared(ready, build):
 def write_atomically(path, write):
     """Calls write(binary file) on a neighbour that is renamed when it is on disk: a reader, or a
     run killed at any instant, sees the old file or the whole new one."""
-    temporary = Path(f"{path}.tmp")
+    temporary = Path(f"{path}.tmp{os.environ.get('RANK', '')}")  # two machines may build one file
     with open(temporary, "wb") as file:
         write(file)
         file.flush()
@@ -332,7 +387,9 @@ class Run:
         for path in inputs:
             if not Path(path).is_file():
                 raise SystemExit(f"{path}: no such file")
-        hashes, fresh = {str(p): file_hash(p) for p in inputs}, cfg.fresh
+        hashes = {str(p): file_hash(p) for p in inputs}
+        # a restart by torchrun --max-restarts goes on with what --fresh began
+        fresh = cfg.fresh and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0"
         metrics = self.out / "metrics.jsonl"
         trained = metrics.exists() and metrics.stat().st_size > 0  # else there is nothing to lose
         if (self.out / "run.json").exists() and trained and not fresh:
@@ -423,7 +480,8 @@ class Run:
         """After every step: saves when it is time; saves and ends if any rank was asked to stop."""
         device = next(iter(optimizers.values())).device
         stop = all_sum(bool(self.stopping), device=device)[0] > 0
-        if stop or (step + 1) % self.cfg.save_every == 0 and step + 1 < self.steps:
+        every = self.cfg.save_every or self.steps
+        if stop or (step + 1) % every == 0 and step + 1 < self.steps:
             seconds = self.seconds + time.time() - self.began
             save_state(self.out / "state", optimizers, {"step": step + 1, "seconds": seconds})
         if stop:
@@ -463,33 +521,47 @@ class Run:
 
 # ==== two collectives
 
-SENT = {"bytes": 0}  # what this rank sent through the two functions below
+SENT = {"bytes": 0}  # what this rank sent through reduce_scatter and all_gather
 
 
 def reduce_scatter(full):
-    """Sum over N ranks of a buffer of N equal slices; rank r gets slice r. Sends (N-1)/N of it."""
-    world = dist.get_world_size()
-    if world == 1:
-        return full
+    """Starts the sum over N ranks of a buffer of N equal slices; `summed` ends it. Sends (N-1)/N of
+    the buffer. Returns (works to wait for, memory that the other ranks' slices come into)."""
+    world, rank = dist.get_world_size(), dist.get_rank()
     SENT["bytes"] += full.nbytes * (world - 1) // world
+    if world == 1:
+        return [], None
     if full.is_cuda:
-        shard = torch.empty(full.numel() // world, dtype=full.dtype, device=full.device)
-        dist.reduce_scatter_single(shard, full)
-        return shard
+        return [dist.reduce_scatter_single(full.chunk(world)[rank], full, async_op=True)], None
     # gloo's reduce_scatter is an all_reduce, twice the bytes: exchange the slices and add them here
-    slices = torch.empty_like(full)
-    dist.all_to_all_single(slices, full)
-    return slices.view(world, -1).sum(0)
+    received = torch.empty_like(full)
+    return [dist.all_to_all_single(received, full, async_op=True)], received
+
+
+def summed(full, works, received):
+    """Waits for reduce_scatter(full): rank r's slice of the sum, which stands in slice r of full."""
+    wait(works)
+    mine = full.chunk(dist.get_world_size())[dist.get_rank()]
+    return mine if received is None else torch.sum(received.view(-1, mine.numel()), 0, out=mine)
 
 
 def all_gather(full, shard):
-    """Fills a buffer of N equal slices with every rank's shard. Sends (N-1)/N of the buffer."""
-    world = dist.get_world_size()
+    """Starts to fill a buffer of N equal slices with every rank's shard. Sends (N-1)/N of it."""
+    world, rank = dist.get_world_size(), dist.get_rank()
     SENT["bytes"] += full.nbytes * (world - 1) // world
-    if world > 1:
-        dist.all_gather_single(full, shard)
-    elif full.data_ptr() != shard.data_ptr():
-        full.copy_(shard)
+    if full.is_cuda:
+        return [dist.all_gather_single(full, shard, async_op=True)]
+    slices = full.chunk(world)
+    if slices[rank].data_ptr() != shard.data_ptr():
+        slices[rank].copy_(shard)
+    # gloo's all_gather copies through a second buffer: each rank sends straight into its place
+    return [dist.broadcast(part, r, async_op=True) for r, part in enumerate(slices) if world > 1]
+
+
+def wait(works):
+    """Until these collectives are done."""
+    for work in works:
+        work.wait()
 
 
 # ==== sharding
@@ -503,7 +575,7 @@ class Unit:
     this rank's slice [lo, hi).
     """
 
-    def __init__(self, name, parameters, stage, dtype, device):
+    def __init__(self, name, parameters, stage, dtype, device, offload):
         rank, world = dist.get_rank(), dist.get_world_size()
         self.name, self.stage = name, stage
         self.parameters = sorted(parameters, key=lambda p: p.dim() < 2)
@@ -528,36 +600,45 @@ class Unit:
         part = self.flat[self.lo : self.hi]
         self.shard = part.clone() if stage == 3 else part
         self.absent = torch.tensor(float("nan"), dtype=dtype, device=device)
-        self.present = True
+        self.present, self.coming = True, None
+        self.grad = self.bucket = self.received = None
         if not self.trainable:
             return
         # 16-bit weights lose updates below 1/256 of themselves: Adam works on an fp32 master copy.
-        self.master = self.shard
-        if dtype.itemsize == 2:
-            self.master = exact[self.lo : self.hi].to(torch.float32, copy=True)
+        self.master, exact = self.shard, exact[self.lo : self.hi]
+        if dtype.itemsize == 2 or offload:
+            wide = torch.float32 if dtype.itemsize == 2 else dtype
+            self.master = exact.to("cpu" if offload else device, wide, copy=True)
         self.exp_avg = torch.zeros_like(self.master)
         self.exp_avg_sq = torch.zeros_like(self.master)
         # The gradient at rest: whole in stages 0 and 1, this rank's slice in stages 2 and 3.
         self.grad = torch.zeros_like(self.flat if stage < 2 else self.shard)
-        self.bucket, self.arrived = self.grad if stage < 2 else None, 0
+        self.arrived = 0
+
+    def prefetch(self):
+        """Stage 3: starts to collect all shards in the buffer."""
+        if not self.present and self.coming is None:
+            self.flat.untyped_storage().resize_(self.flat.nbytes)
+            self.coming = all_gather(self.flat, self.shard)
 
     def gather(self):
-        """Stage 3: all shards into the buffer, for as long as the layer computes."""
+        """Stage 3: the whole parameters, for as long as the layer computes."""
+        self.prefetch()
         if not self.present:
-            self.flat.untyped_storage().resize_(self.flat.nbytes)
-            all_gather(self.flat, self.shard)
+            wait(self.coming)
             for p, view in self.views.items():
                 p.data = view
-            self.present = True
+            self.present, self.coming = True, None
 
     def release(self):
         """Stage 3: frees the buffer, also under the views that autograd saved: gathering refills
         them. What is left has the right shape and no memory, and makes a loss that uses it NaN."""
-        if self.present and self.stage == 3:
+        if self.stage == 3 and (self.present or self.coming is not None):
+            wait(self.coming or [])
             for p in self.parameters:
                 p.data = self.absent.expand(p.shape)
             self.flat.untyped_storage().resize_(0)
-            self.present = False
+            self.present, self.coming = False, None
 
 
 def named_units(module, path="", whole=False):
@@ -574,41 +655,48 @@ def named_units(module, path="", whole=False):
 
 class Sharded:
     """A model whose parameters live in flat units, in stage 3 gathered while their layer computes.
-    By itself it serves frozen models (PPO's reference and reward model): no gradients, no Adam."""
+    By itself it serves frozen models (PPO's reference and reward model): no gradients, no Adam.
+    overlap: what is sent travels while the model computes, one layer ahead and at most one."""
 
-    def __init__(self, model, stage=0, dtype=None, device=None):
+    def __init__(self, model, stage=0, dtype=None, device=None, overlap=True, offload=False):
         first = next(model.parameters())
-        self.model, self.stage = model, stage
+        self.model, self.stage, self.overlap, self.offload = model, stage, overlap, offload
         self.dtype, self.device = dtype or first.dtype, device or first.device
         self.units, self.owner, self.holding = [], {}, 0
+        self.order, self.way = [], 1  # each layer's units in the order of forward; -1: backward
         for module, path, parameters in list(named_units(model)):
             for trainable, suffix in ((True, ""), (False, " (frozen)")):
                 # a tied weight belongs to the layer that names it first
                 new = [p for p in parameters
                        if p not in self.owner and p.requires_grad == trainable]
                 if new:
-                    unit = Unit(path + suffix, new, stage, self.dtype, self.device)
+                    unit = Unit(path + suffix, new, stage, self.dtype, self.device, offload)
                     unit.release()
                     self.units.append(unit)
                     self.owner |= dict.fromkeys(new, unit)
             if stage == 3:
-                needed = list(dict.fromkeys(self.owner[p] for p in parameters))
-                module.register_forward_pre_hook(lambda m, args, needed=needed: self.use(needed))
-                module.register_forward_hook(
-                    lambda m, args, out, needed=needed: self.used(m, needed, out))
+                i = len(self.order)
+                self.order.append(list(dict.fromkeys(self.owner[p] for p in parameters)))
+                module.register_forward_pre_hook(lambda m, args, i=i: self.use(i))
+                module.register_forward_hook(lambda m, args, out, i=i: self.used(m, i, out))
 
-    def use(self, needed):
-        """Frees the layer before and gathers the units of the one that comes: one at a time."""
-        self.release(needed)
-        for unit in needed:
+    def use(self, i):
+        """Gathers the units of layer i and starts to gather the next one's; frees all others."""
+        then, first = i + self.way, 0 if self.way > 0 else 1  # embedding: backward reads no weight
+        ahead = self.order[then] if self.overlap and first <= then < len(self.order) else []
+        self.release([*self.order[i], *ahead])
+        for unit in self.order[i]:
             unit.gather()
+        for unit in ahead:
+            unit.prefetch()
 
-    def used(self, module, needed, output):
-        """After a layer's forward: freed now, or with the next layer if backward will come."""
+    def used(self, module, i, output):
+        """After a layer's forward: freed with the next layer, also on the way back."""
         if not output.requires_grad:
-            self.release()
-        elif not isinstance(module, nn.Embedding):  # its backward needs no weight
-            output.register_hook(lambda grad: self.use(needed))
+            if i + 1 == len(self.order):
+                self.release()
+        elif not isinstance(module, nn.Embedding):
+            output.register_hook(lambda grad: self.use(i))
 
     def release(self, needed=()):
         """Stage 3: frees every gathered unit that is not needed."""
@@ -633,16 +721,22 @@ class Sharded:
         """(name, whole parameter) one by one, for saving: one unit beyond this rank's share is
         the most it holds. Collective: every rank has to walk through it."""
         for name, p in self.model.named_parameters():
-            self.use([self.owner[p]])
+            self.release([self.owner[p]])
+            self.owner[p].gather()
             yield name, p.data.clone()  # a copy outlives the buffer (and numpy would pin it)
         self.release()
 
     def live_bytes(self) -> dict[str, int]:
-        """Bytes of this rank's live tensors by kind, counted on the storages themselves."""
-        trained = [u for u in self.units if u.trainable]
-        kinds = {"parameters": [t for u in self.units for t in (u.flat, u.shard)],
-                 "gradients": [t for u in trained for t in (u.grad, u.bucket) if t is not None],
-                 "optimizer": [t for u in trained for t in (u.master, u.exp_avg, u.exp_avg_sq)]}
+        """Bytes of this rank's live tensors by kind, counted on the storages themselves. Buffers are
+        gathered parameters, buckets and what comes in: at rest there are none."""
+        trained, whole = [u for u in self.units if u.trainable], self.stage < 3
+        kinds = {"parameters": [u.flat if whole else u.shard for u in self.units],
+                 "gradients": [u.grad for u in trained],
+                 "optimizer": [], "host": [],
+                 "buffers": [t for u in self.units for t in (u.flat, u.bucket, u.received)
+                             if t is not None]}
+        kinds["host" if self.offload else "optimizer"] = [
+            t for u in trained for t in (u.master, u.exp_avg, u.exp_avg_sq)]
         count, seen = {}, set()
         for kind, tensors in kinds.items():  # an fp32 master is the shard, and counted there
             storages = {t.untyped_storage().data_ptr(): t.untyped_storage() for t in tensors}
@@ -652,6 +746,16 @@ class Sharded:
 
 
 # ==== the optimizer
+
+
+PIECE = {"cpu": 1 << 18, "cuda": 1 << 24}  # elements; on a CPU a piece stays in the cache
+
+
+def pieces(flat) -> list[slice]:
+    """The slices in which Adam walks through a flat tensor, so that what it needs besides stays
+    small, on a CPU in the cache."""
+    size = PIECE[flat.device.type]
+    return [slice(i, i + size) for i in range(0, flat.numel(), size)]
 
 
 def adamw_(weight, grad, exp_avg, exp_avg_sq, t, lr, beta1, beta2, eps, weight_decay, decayed):
@@ -678,57 +782,84 @@ class AdamW(Sharded):
     """AdamW over ZeRO stages 0-3: backward(loss) once per micro-batch, then step(lr)."""
 
     def __init__(self, model, stage=0, dtype=None, device=None, betas=(0.9, 0.95), eps=1e-8,
-                 weight_decay=0.1, grad_clip=1.0):
-        super().__init__(model, stage, dtype, device)
+                 weight_decay=0.1, grad_clip=1.0, overlap=True, offload=False):
+        super().__init__(model, stage, dtype, device, overlap, offload)
         self.betas, self.eps = betas, eps
         self.weight_decay, self.grad_clip = weight_decay, grad_clip
         self.trained, self.t = [u for u in self.units if u.trainable], 0
+        # offload: what travels between GPU and host passes through memory that cannot be paged out
+        self.pinned = torch.empty(PIECE["cpu"], dtype=self.dtype, pin_memory=torch.device(
+            self.device).type == "cuda") if offload else None
+        self.away = None  # the unit whose gradient is on its way, and its works
+        self.spreading = []  # stage 0: works that send finished sums to all
+        mine = weakref.proxy(self)  # a hook in C++ that held us would keep us for ever
         # fp16 gradients below 6e-8 vanish: the loss is scaled up, by trial (D4 2.4.2)
         self.scale, self.good = (65536.0 if self.dtype == torch.float16 else 1.0), 0
         for unit in self.trained:
             for p in unit.parameters:
-                p.register_post_accumulate_grad_hook(self.on_grad)
+                p.register_post_accumulate_grad_hook(lambda p: mine.on_grad(p))
 
     def on_grad(self, p):
         """As soon as autograd has a gradient, it moves into its unit's flat buffer and is freed."""
         unit = self.owner[p]
-        if unit.bucket is None:
+        if self.stage >= 2 and unit.bucket is None:
             unit.bucket = torch.zeros_like(unit.flat)
-        unit.bucket[unit.places[p]].add_(p.grad.flatten())
+        target = unit.grad if self.stage < 2 else unit.bucket
+        target[unit.places[p]].add_(p.grad.flatten())
         unit.arrived, p.grad = unit.arrived + 1, None
         if self.stage >= 2 and unit.arrived == len(unit.parameters):
             self.reduce(unit)
 
     def reduce(self, unit):
-        """Stages 2 and 3: keeps this rank's slice of the sum over ranks, frees the bucket."""
-        bucket = torch.zeros_like(unit.flat) if unit.bucket is None else unit.bucket
-        unit.grad += reduce_scatter(bucket)
-        unit.bucket = None
+        """Starts the sum of a unit's gradient over the ranks. It travels while backward computes
+        the next layer's (ZeRO 2 and 3 call this there); then `finish`, so that one is away."""
+        self.finish()
+        if self.stage >= 2 and unit.bucket is None:
+            unit.bucket = torch.zeros_like(unit.flat)
+        works, unit.received = reduce_scatter(unit.grad if self.stage < 2 else unit.bucket)
+        self.away = unit, works
+        if not self.overlap:
+            self.finish()
+
+    def finish(self):
+        """Waits for the sum that is away. Stages 2 and 3 keep this rank's slice and free the
+        bucket; stage 1 has it in place; stage 0 sends it on: the two make an all-reduce."""
+        if self.away is not None:
+            (unit, works), self.away = self.away, None
+            mine = summed(unit.grad if self.stage < 2 else unit.bucket, works, unit.received)
+            if self.stage >= 2:
+                unit.grad += mine
+            elif self.stage == 0:
+                self.spreading += all_gather(unit.grad, mine)
+            unit.bucket = unit.received = None
 
     def backward(self, loss):
         """Adds a micro-batch's gradients. Collective in stages 2 and 3: all ranks call it equally
         often, with losses of the same parameters (an empty micro-batch has weight 0)."""
+        self.way = -1
         (loss * self.scale).backward()
         for unit in self.trained:
             if self.stage >= 2 and unit.arrived < len(unit.parameters):
                 self.reduce(unit)  # the loss left a parameter out: its gradient is zero
             unit.arrived = 0
+        self.finish()
         self.release()
+        self.way = 1
 
     @torch.no_grad()
     def step(self, lr) -> float:
         """Clips by the global norm, updates, and returns the norm before clipping (inf or nan:
         an fp16 overflow, the step is skipped)."""
-        for unit in self.trained:
-            if self.stage < 2:
-                shard = reduce_scatter(unit.grad)
-                if self.stage == 0:
-                    all_gather(unit.grad, shard)  # reduce-scatter + all-gather = all-reduce
-                else:
-                    unit.grad[unit.lo : unit.hi] = shard
+        if self.stage < 2:
+            for unit in self.trained:
+                self.reduce(unit)
+            self.finish()
+            wait(self.spreading)
+            self.spreading = []
         grads = [u.grad[u.lo : u.hi] if self.stage < 2 else u.grad for u in self.trained]
         # each element is counted once: over all ranks' slices, or here where everything is here
-        norms = [torch.linalg.vector_norm(grad, dtype=torch.float64) for grad in grads]
+        norms = [torch.linalg.vector_norm(grad[part], dtype=torch.float64)
+                 for grad in grads for part in pieces(grad)]
         square = torch.stack(norms).square().sum()
         if self.stage > 0:
             dist.all_reduce(square)
@@ -738,8 +869,11 @@ class AdamW(Sharded):
             factor = min(1.0, self.grad_clip / (norm + 1e-6)) / self.scale
             numbers = self.t, lr, *self.betas, self.eps, self.weight_decay
             for u, grad in zip(self.trained, grads):
-                grad, decayed = grad.to(u.master.dtype) * factor, max(0, u.decayed - u.lo)
-                adamw_(u.master, grad, u.exp_avg, u.exp_avg_sq, *numbers, decayed)
+                for part in pieces(u.master):
+                    state = u.exp_avg[part], u.exp_avg_sq[part]
+                    scaled = self.staged(grad[part]).to(u.master.dtype) * factor
+                    decayed = max(0, u.decayed - u.lo - part.start)
+                    adamw_(u.master[part], scaled, *state, *numbers, decayed)
             self.publish()
         elif self.dtype != torch.float16:
             raise SystemExit(f"step {self.t}: the gradient is not finite; lower --lr, or look at "
@@ -751,11 +885,17 @@ class AdamW(Sharded):
 
     def publish(self):
         """Master weights → weights of the training dtype, wherever they are computed with."""
+        works = []
         for unit in self.trained:
-            if unit.master is not unit.shard:
-                unit.shard.copy_(unit.master)
+            for part in pieces(unit.master) if unit.master is not unit.shard else ():
+                unit.shard[part].copy_(self.staged(unit.master[part]))
             if self.stage in (1, 2) or self.stage == 3 and unit.present:
-                all_gather(unit.flat, unit.shard)
+                works += all_gather(unit.flat, unit.shard)
+        wait(works)
+
+    def staged(self, source):
+        """A piece on its way between GPU and host (offload); else the piece itself."""
+        return source if self.pinned is None else self.pinned[: source.numel()].copy_(source)
 
     def adjust_scale(self, finite):
         """fp16 only: halve the loss scale at an overflow, double it after 1000 good steps."""
@@ -802,7 +942,8 @@ def save_state(folder, optimizers, numbers):
     write_atomically(path, lambda file: torch.save(states, file))
     dist.all_gather_object(hashes, file_hash(path))
     if rank == 0:
-        write_json(target / "manifest.json", numbers | {"files": hashes})
+        content = numbers | {"files": hashes}
+        write_json(target / "manifest.json", content | {"check": keyed_seed(content)})
         # whatever stands behind this step belongs to a past that was given up
         whole = sorted(m.parent for m in folder.glob("step-*/manifest.json") if m.parent <= target)
         for old in set(folder.glob("step-*")) - set(whole[-2:]):
@@ -816,10 +957,16 @@ def load_state(folder, optimizers) -> dict:
     chosen = [None]
     if dist.get_rank() == 0:
         for manifest in sorted(Path(folder).glob("step-*/manifest.json"), reverse=True):
-            numbers = json.loads(manifest.read_text(encoding="utf-8"))
-            files = [manifest.with_name(f"rank-{r}.pt") for r in range(len(numbers["files"]))]
-            bad = [file for file, expected in zip(files, numbers["files"])
-                   if not file.exists() or file_hash(file) != expected]
+            try:
+                numbers = json.loads(manifest.read_bytes())
+                whole = numbers.pop("check") == keyed_seed(numbers)
+            except (ValueError, KeyError, AttributeError):  # no JSON, or of another form
+                whole = False
+            expected = numbers["files"] if whole else []
+            files = [manifest.with_name(f"rank-{r}.pt") for r in range(len(expected))]
+            bad = [] if whole else [manifest]
+            bad += [file for file, digest in zip(files, expected)
+                    if not file.exists() or file_hash(file) != digest]
             if not bad:
                 chosen = [(numbers, [str(file) for file in files])]
                 break
@@ -837,65 +984,243 @@ def load_state(folder, optimizers) -> dict:
 # ==== the planner
 
 
-def plan(parameters, world, sixteen_bit=True, micro_batches=1) -> list[dict]:
-    """Bytes per rank, and sent per rank and step: the table of the module's docstring, in rows."""
+def plan(parameters, world, sixteen_bit=True, micro_batches=1, offload=False) -> list[dict]:
+    """Bytes per rank at rest, and sent per rank and step: the table of the module's docstring, in
+    rows. Offload moves the fp32 master weights and Adam's moments, 12 bytes, to the host."""
     weight, state = (2, 12) if sixteen_bit else (4, 8)
-    weights, states, rows = weight * parameters, state * parameters, []
+    weights, rows = weight * parameters, []
     for stage, times in enumerate((2, 2, micro_batches + 1, 3 * micro_batches)):
-        row = {"parameters": weights / world if stage >= 3 else weights,
-               "gradients": weights / world if stage >= 2 else weights,
-               "optimizer": states / world if stage >= 1 else states}
-        row["total"] = sum(row.values())
-        row["sent"] = times * weights * (world - 1) / world
-        rows.append({"stage": stage} | row)
+        split = [world if stage >= first else 1 for first in (3, 2, 1)]
+        row = {"parameters": weights / split[0], "gradients": weights / split[1],
+               "optimizer": 0 if offload else state * parameters / split[2]}
+        rows.append({"stage": stage} | row | {
+            "total": sum(row.values()), "host": 12 * parameters / split[2] if offload else 0,
+            "sent": times * weights * (world - 1) / world})
     return rows
 
 
-def line(title, cells, form=">15,.0f"):
-    """One line of a table."""
-    return f"{title:>5}" + "".join(format(cell, form) for cell in cells)
+def layers(model, world) -> list[tuple[str, int]]:
+    """(unit, its padded size) of each layer in the order of forward; a tied one comes twice."""
+    order, owner, sizes = [], {}, {}
+    for _, path, parameters in named_units(model):
+        new = [p for p in parameters if p not in owner]
+        owner |= dict.fromkeys(new, path)
+        if new:
+            sizes[path] = -(-sum(p.numel() for p in new) // world) * world
+        order.append(owner[parameters[0]])
+    return [(path, sizes[path]) for path in order]
 
 
-HEADER = line("stage", ("parameters", "gradients", "optimizer", "total", "sent/step"), ">15")
+def buffers(layers, stage, receiving, overlap=True) -> int:
+    """The most elements that a rank holds in a step beside those at rest, walking backward through
+    layers(): the gathered layer and the one prefetched (stage 3); the bucket that fills, and the
+    one before on its way (stages 2, 3); what it receives (only gloo needs memory for that)."""
+    if stage < 2:
+        return receiving * max(size for _, size in layers)
+    most = held = away = 0
+    for i, (unit, size) in reversed(list(enumerate(layers))):
+        if stage == 3 and i > 0:  # the embedding's backward reads no weight
+            held = size + (layers[i - 1][1] if overlap and i > 1 else 0)
+        if unit not in dict(layers[:i]):  # else tied: its gradient is whole at the other place
+            most = max(most, held + size + max(away, receiving * size))
+            away = size + receiving * size if overlap else 0
+    return most
 
 
-def measure(model, micro_batches):
-    """Live bytes at rest and bytes sent in a step of model.py's tiny model, above the plan's."""
-    device, dtype = setup(RunConfig())
-    config, world = model.PRESETS["tiny"], dist.get_world_size()
-    print0(f"bytes of live tensors on rank 0, measured and planned; {config}\n{HEADER}")
-    rows = plan(config.num_parameters(), world, dtype.itemsize == 2, micro_batches)
+def plan_layers(layers, world, sixteen_bit, micro_batches, receiving, overlap=True,
+                offload=False) -> list[dict]:
+    """plan() of a model's layers(), with the buffers of a step, and in stage 3 without the gathers
+    that the ends save: backward needs the embedding no more and the head still."""
+    rows = plan(sum(dict(layers).values()), world, sixteen_bit, micro_batches, offload)
+    width, sizes = 2 if sixteen_bit else 4, [size for _, size in layers]
+    moved = sum(sizes) + sum(sizes[1:-1]) + sum(dict(layers).values())  # gathered, reduced
+    rows[3]["sent"] = width * micro_batches * moved * (world - 1) / world
+    return [row | {"buffers": width * buffers(layers, row["stage"], receiving, overlap)}
+            for row in rows]
+
+
+def rlhf(parameters, world) -> list[dict]:
+    """Bytes per rank in 16 bits of SFT's one model, DPO's two (policy, frozen reference) and PPO's
+    four (policy and value model train, reference and reward model are frozen), all of one size."""
+    rows = []
+    for row in plan(parameters, world):
+        one, frozen = row["total"], row["parameters"]
+        rows.append({"stage": row["stage"], "a trained model": one, "a frozen one": frozen,
+                     "SFT": one, "DPO": one + frozen, "PPO": 2 * one + 2 * frozen})
+    return rows
+
+
+def table(rows, unit=1e9, form=">12.4g"):
+    """Prints dicts of one form as a table, all columns but the first in `unit`s."""
+    print("".join(f"{name:>{max(12, len(name) + 2)}}" for name in rows[0]))
+    for first, *numbers in (row.values() for row in rows):
+        print(f"{first:>12}", *(f"{n / unit:{form}}" for n in numbers), sep="")
+
+
+@dataclass
+class PlanConfig:
+    """What `zero.py plan` can be told."""
+
+    params: float = 7.5e9  # number of parameters
+    model: str = ""  # one of the documents' models instead; `python model.py` lists them
+    world_size: int = 64  # number of GPUs
+    micro_batches: int = 1  # forward and backward passes per optimizer step
+    bandwidth: float = 100.0  # GB/s that a GPU sends
+    rlhf: bool = False  # PPO's four models and DPO's two as well
+
+
+def named(model, presets):
+    """The preset of that name."""
+    if model not in presets:
+        raise SystemExit(f"--model is one of {', '.join(presets)}")
+    return presets[model]
+
+
+def show_plan(cfg, presets, build):
+    """Prints plan() in both ledgers, for a number of parameters or a model of the documents."""
+    world, size, shape, k = cfg.world_size, cfg.params, None, cfg.micro_batches
+    if cfg.model:
+        with torch.device("meta"):  # shapes without memory
+            net = build(named(cfg.model, presets))
+        size, shape = sum(p.numel() for p in net.parameters()), layers(net, world)
+    print(f"GB (10⁹ bytes) on each of {world} GPUs for {size:,.0f} parameters; the time of the "
+          f"traffic at {cfg.bandwidth:g} GB/s")
+    for sixteen, ledger in (
+            (False, "fp32: weight 4 + gradient 4 + Adam's moments 4 + 4"),
+            (True, "mixed: weight 2 + gradient 2 + fp32 weight 4 + moments 4 + 4")):
+        rows, options = [], (world, sixteen, k)
+        found = plan_layers(shape, *options, 0) if shape else plan(size, *options)  # nccl: 0
+        for row, away in zip(found, plan(size, *options, offload=True)):
+            sent, _, peak = row.pop("sent"), row.pop("host"), row.pop("buffers", None)
+            row |= {"peak": row["total"] + peak} if shape else {}
+            row |= {"offloaded": away["total"], "host": away["host"], "sent/step": sent}
+            rows.append(row | {"seconds": sent / cfg.bandwidth})
+        print(f"\n{ledger} bytes per parameter; offloaded: the GPU without fp32 weight and moments")
+        table(rows)
+    if cfg.rlhf:
+        print("\nmodels of this size in mixed precision, a frozen one being weights only")
+        table(rlhf(size, world))
+
+
+class Peak(TorchDispatchMode):
+    """Within it, `most` becomes the largest live_bytes(), looked at after every torch operation."""
+
+    def __init__(self, sharded):
+        super().__init__()
+        self.sharded, self.most = sharded, {}
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result, live = function(*args, **(kwargs or {})), self.sharded.live_bytes()
+        self.most = max(self.most, live, key=lambda kinds: sum(kinds.values()))
+        return result
+
+
+def saved_bytes(loss, model) -> int:
+    """Bytes that loss() keeps for backward beside the parameters: D0's residual states."""
+    own = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    kept = {}
+
+    def pack(tensor):
+        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        result = loss()
+    del result  # until here all that was packed lived, each at a place of its own
+    return sum(size for place, size in kept.items() if place not in own)
+
+
+def peak_memory(device) -> int:
+    """Most bytes held since the last call: CUDA's tensors, or this process (RSS) as Linux counts;
+    elsewhere 0."""
+    if device.type == "cuda":
+        peak = torch.cuda.max_memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        return peak
+    if sys.platform != "linux":
+        return 0
+    said = Path("/proc/self/status").read_text()
+    gc.collect()  # hooks make a circle: model → hook → optimizer → model
+    ctypes.CDLL(None).malloc_trim(0)
+    Path("/proc/self/clear_refs").write_text("5")  # the peak is now what is held
+    return 1024 * int(re.search(r"VmHWM:\s+(\d+)", said)[1])
+
+
+@dataclass
+class MeasureConfig(BaseConfig):
+    """What `zero.py measure` can be told."""
+
+    model: str = "tiny"  # one of the presets that `python model.py` lists
+    rows: int = 4  # rows of a micro-batch
+    context: int = 128  # tokens per row
+    micro_batches: int = 2  # per optimizer step
+    steps: int = 5  # optimizer steps in every stage
+    overlap: bool = True  # send while the model computes
+    offload: bool = False  # fp32 weights and Adam's moments in CPU memory
+
+
+def train_stage(optimizer, loss, cfg, device) -> dict:
+    """A few steps: what is held at rest and at the peak, sent, how long a step takes, memory."""
+    peak_memory(device)
+    seconds, peak = [], Peak(optimizer)
+    for step in range(cfg.steps + 1):
+        SENT["bytes"], began = 0, time.perf_counter()
+        with peak if step == 0 else nullcontext():  # looking costs time: that step is not timed
+            for _ in range(cfg.micro_batches):
+                optimizer.backward(loss())
+            rest = optimizer.live_bytes()
+            optimizer.step(1e-3)
+        seconds.append(time.perf_counter() - began)
+    return {"at rest": rest, "peak": peak.most | {"sent/step": SENT["bytes"]},
+            "ms": 1e3 * statistics.median(seconds[1:]), "memory": peak_memory(device)}
+
+
+def measure(cfg, presets, build, logprobs):
+    """Trains a few steps in every stage and prints what a rank holds and sends beside the plan."""
+    device, dtype = setup(cfg)
+    config, world = named(cfg.model, presets), dist.get_world_size()
+
+    def loss(net):
+        ids = torch.randint(0, config.vocab_size, (cfg.rows, cfg.context + 1), device=device)
+        return -logprobs(net, ids[:, :-1], ids[:, 1:]).mean() / cfg.micro_batches / world
+
+    def optimizer(stage):
+        torch.manual_seed(cfg.seed)
+        options = {"overlap": cfg.overlap, "offload": cfg.offload}
+        return AdamW(build(config), stage, dtype, device, **options)
+
+    one = optimizer(0)
+    for recompute in (False, True):
+        one.model.model.activation_checkpointing = recompute
+        kept = saved_bytes(lambda: loss(one.model), one.model)
+        print0(f"saved for backward: {kept:,} bytes, activation checkpointing {recompute}")
+    shape = layers(one.model, world)
+    columns = ("parameters", "gradients", "optimizer", "buffers", "host", "sent/step")
+    print0(f"{config}\nbytes on rank 0, at rest and at the peak of a step, measured and planned\n"
+           f"{'stage':>12}", *(f"{c:>14}" for c in columns), f"{'ms/step':>10}{'memory':>16}",
+           sep="")
+    received = device.type == "cpu" and world > 1
+    rows = plan_layers(shape, world, dtype.itemsize == 2, cfg.micro_batches, received,
+                       cfg.overlap, cfg.offload)
     for stage, row in enumerate(rows):
-        optimizer = AdamW(model.CausalLM(config), stage, dtype, device)
-        SENT["bytes"] = 0
-        for _ in range(micro_batches):
-            ids = torch.randint(0, config.vocab_size, (8, 129), device=device)
-            logprobs = model.token_logprobs(optimizer.model, ids[:, :-1], ids[:, 1:])
-            optimizer.backward(-logprobs.mean() / micro_batches / world)
-        live = optimizer.live_bytes().values()
-        optimizer.step(1e-3)
-        print0(line(stage, [*live, sum(live), SENT["bytes"]]))
-        print0(line("plan", list(row.values())[1:]))
-    dist.destroy_process_group()
+        one = optimizer(stage)
+        found = train_stage(one, lambda: loss(one.model), cfg, device)
+        found["plan"] = row | {"sent/step": row["sent"]}
+        for title in ("at rest", "peak", "plan"):
+            numbers = found[title]
+            cells = [f"{int(numbers[c]):>14,}" if c in numbers else "" for c in columns]
+            end = f"{found['ms']:>10.1f}{found['memory']:>16,}" if title == "peak" else ""
+            print0(f"{stage:>4}{title:>8}", *cells, end, sep="")
 
 
 def main(model):
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("command", choices=["plan", "measure"])
-    parser.add_argument("--params", type=float, default=7.5e9, help="parameters (plan)")
-    parser.add_argument("--world-size", type=int, default=64, help="number of GPUs (plan)")
-    parser.add_argument("--micro-batches", type=int, default=1, help="per optimizer step")
-    args = parser.parse_args()
-    if args.command == "measure":
-        measure(model, args.micro_batches)
-        return
-    print(f"GB on each of {args.world_size} ranks, {args.params:.3g} parameters\n{HEADER}")
-    for name, sixteen in (("fp32: 4 + 4 + 8", False), ("16 bits: 2 + 2 + 4 + 4 + 4", True)):
-        print(f"{name} bytes per parameter")
-        for row in plan(args.params, args.world_size, sixteen, args.micro_batches):
-            stage, *numbers = row.values()
-            print(line(stage, [number / 1e9 for number in numbers], ">15,.1f"))
+    show = functools.partial(show_plan, presets=model.PRESETS, build=model.CausalLM)
+    real = functools.partial(measure, presets=model.PRESETS, build=model.CausalLM,
+                             logprobs=model.token_logprobs)
+    commands = {"plan": (show, PlanConfig), "measure": (real, MeasureConfig)}
+    if sys.argv[1:2] not in [[name] for name in commands]:
+        raise SystemExit(f"{__doc__}\n{sys.argv[0]}: say {' or '.join(commands)}")
+    launch(*commands[sys.argv.pop(1)])
 
 
 if __name__ == "__main__":

@@ -1,20 +1,27 @@
 """Speed beside the machine's limit, taken in turn in one run: `make bench` or `python tests/bench.py [--shape small]`.
 
+ZeRO beside torch's DDP and FSDP2:  torchrun --nproc-per-node 2 tests/bench.py --zero [--dtype bf16] [--memory NAME]
+
 The limit is a bare stack of the same matrix products, nothing else: what is between it and a step is what the code (and
 everything that is no product) costs. Machines drift, so read the ratios; a time is the median of the rounds.
 """
 
 import argparse
+import functools
 import statistics
 import sys
 import time
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.nn.parallel import DistributedDataParallel
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import zero  # noqa: E402
-from model import PRESETS, CausalLM, generate, token_logprobs  # noqa: E402
+from model import PRESETS, CausalLM, ModelConfig, generate, token_logprobs  # noqa: E402
 
 # name: preset, rows, tokens per row
 SHAPES = {"tiny": ("tiny", 16, 128), "small": ("small", 16, 256)}
@@ -91,11 +98,91 @@ def medians(functions, rounds):
     return [statistics.median(t) for t in times]
 
 
+# ---- ZeRO: the same model, data and AdamW under our stages, DDP and FSDP2
+
+SHAPE_25M = dict(vocab_size=8192, hidden_size=512, intermediate_size=1376, num_hidden_layers=6, num_attention_heads=8,
+                 num_key_value_heads=8, max_position_embeddings=256)
+TINY_LR = 1e-4
+
+
+def contestants(dtype):
+    """{name: function that builds one}; a built one is a function that takes a step with ids (rows, T+1)."""
+    def ours(stage, overlap=True):
+        optimizer = zero.AdamW(CausalLM(ModelConfig(**SHAPE_25M)), stage, dtype, overlap=overlap, grad_clip=1.0)
+
+        def step(ids):
+            optimizer.backward(-token_logprobs(optimizer.model, ids[:, :-1], ids[:, 1:]).mean() / dist.get_world_size())
+            optimizer.step(TINY_LR)
+        return step
+
+    class Loss(torch.nn.Module):  # torch's wrappers see forward() only
+        def __init__(self):
+            super().__init__()
+            self.net = CausalLM(ModelConfig(**SHAPE_25M))
+
+        def forward(self, ids):
+            return -token_logprobs(self.net, ids[:, :-1], ids[:, 1:]).mean()
+
+    def theirs(sharded):
+        model = Loss()
+        if sharded:
+            options = {"mesh": init_device_mesh("cpu", (dist.get_world_size(),))}
+            if dtype != torch.float32:  # fp32 shards, 16-bit copies for computing: FSDP2's mixed precision
+                options["mp_policy"] = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=dtype)
+            for block in model.net.model.layers:
+                fully_shard(block, **options)
+            fully_shard(model, **options)
+        else:
+            model = DistributedDataParallel(model.to(dtype))
+        wide = [p for p in model.parameters() if p.dim() >= 2]
+        rest = [p for p in model.parameters() if p.dim() < 2]
+        groups = [{"params": wide, "weight_decay": 0.1}, {"params": rest, "weight_decay": 0.0}]
+        optimizer = torch.optim.AdamW(groups, lr=TINY_LR, betas=(0.9, 0.95))
+
+        def step(ids):
+            optimizer.zero_grad()
+            model(ids).backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+        return step
+
+    return {"DDP": lambda: theirs(False), "FSDP2": lambda: theirs(True),
+            **{f"stage {s}": functools.partial(ours, s) for s in range(4)},
+            **{f"stage {s}, no overlap": functools.partial(ours, s, False) for s in (2, 3)}}
+
+
+def zero_main(args):
+    """Milliseconds of a step, one of each in turn; with --memory NAME the peak RSS of that one alone."""
+    dtype = zero.DTYPES[args.dtype]
+    zero.setup(zero.BaseConfig(threads=1, dtype=args.dtype))
+    every = contestants(dtype)
+    ids = torch.randint(0, SHAPE_25M["vocab_size"], (4, 129))
+    if args.memory:
+        step = every[args.memory]()
+        zero.peak_memory(torch.device("cpu"))
+        for _ in range(4):
+            step(ids)
+        zero.print0(f"{args.memory}: peak RSS {zero.peak_memory(torch.device('cpu')) / 1e6:.0f} MB")
+        return
+    functions = {name: functools.partial(build(), ids) for name, build in every.items()}
+    times = dict(zip(functions, medians(list(functions.values()), args.rounds)))
+    for name, seconds in times.items():
+        zero.print0(f"{name:<20}{1e3 * seconds:8.1f} ms  {seconds / times['DDP']:.2f} x DDP  "
+                    f"{seconds / times['FSDP2']:.2f} x FSDP2")
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--shape", choices=SHAPES, default="tiny")
-    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--rounds", type=int, help="default: 7, with --zero 21")
+    parser.add_argument("--zero", action="store_true")
+    parser.add_argument("--dtype", default="fp32", choices=["fp32", "bf16"])
+    parser.add_argument("--memory", default="")
     args = parser.parse_args()
+    args.rounds = args.rounds or (21 if args.zero else 7)
+    if args.zero:
+        zero_main(args)
+        return
     zero.setup(zero.BaseConfig())
     preset, rows, tokens = SHAPES[args.shape]
     c = PRESETS[preset]

@@ -32,3 +32,7 @@ def alone():
     yield
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "slow: not part of `make test`")

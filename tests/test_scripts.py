@@ -69,11 +69,11 @@ def road(tmp_path_factory):
                       f"--init {out}/base --out {out}/sft")
     run(f"reward.py collect --zero 1 --dtype fp32 --limit 60 --max-new-tokens 12 --init {out}/sft",
         f"--prompts {data}/prompts.jsonl --out {out}/comparisons.jsonl")
-    said["reward"] = run(f"reward.py --zero 3 {flags} --steps 12 --lr 1e-3 --init {out}/sft",
+    said["reward"] = run(f"reward.py --zero 3 --offload {flags} --steps 12 --lr 1e-3 --init {out}/sft",
                          f"--data {out}/comparisons.jsonl --out {out}/reward")
     said["dpo"] = run(f"dpo.py --zero 1 {flags} --steps 6 --lr 1e-3 --init {out}/sft",
                       f"--data {out}/comparisons.jsonl --out {out}/dpo")
-    said["ppo"] = run(f"ppo.py --zero 3 {flags} --steps 3 --batch-size 16 --max-new-tokens 12",
+    said["ppo"] = run(f"ppo.py --zero 3 --offload {flags} --steps 3 --batch-size 16 --max-new-tokens 12",
                       f"--init {out}/sft --reward {out}/reward --prompts {data}/prompts.jsonl",
                       f"--val-fraction 0.05 --out {out}/ppo")
     said["table"] = run(

@@ -4,7 +4,9 @@ Functions named in `ranks(n, function, ...)` run on n processes (conftest.py). N
 or 3, so that every buffer is padded; eps is 1: a small one divides every wrong scale away again.
 """
 
+import contextlib
 import functools
+import io
 import json
 import math
 import os
@@ -21,6 +23,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
+import model
 import zero as z
 from model import (IGNORE, CausalLM, ModelConfig, generate, load_model, save_model,
                    token_logprobs)
@@ -139,6 +142,23 @@ def test_every_stage_trains_like_torch_adamw_on_the_batch(ranks, world, case, ki
             assert np.array_equal(results[0][stage][1], results[0][0][1]), stage
 
 
+@pytest.mark.parametrize("kind", ["fp32", "bf16"])
+@pytest.mark.parametrize("stage", [0, 2, 3])
+def test_offload_trains_the_same_bits_in_pieces_of_any_size(alone, monkeypatch, kind, stage):
+    case = "untied, biases, partly frozen"
+    plain = optimizer(case, stage, kind)
+    norms, weights = advance(plain, case, 0, 3), flat(plain.full_parameters())
+    monkeypatch.setitem(z.PIECE, "cpu", 500)  # smaller than a unit
+    away = optimizer(case, stage, kind, offload=True)
+    assert len(away.pinned) == 500 and away.live_bytes()["optimizer"] == 0
+    assert away.live_bytes()["host"] == 12 * sum(u.flat.numel() for u in away.trained)
+    assert advance(away, case, 0, 3) == pytest.approx(norms, rel=1e-12)
+    assert np.array_equal(flat(away.full_parameters()), weights)
+    again = optimizer(case, stage, kind, seed=1)  # a state is the same with and without
+    again.load([away.state()])
+    assert all(torch.equal(a.shard, b.shard) for a, b in zip(again.trained, away.trained))
+
+
 def test_weights_decay_and_vectors_do_not(alone):
     opt = optimizer("untied, biases, partly frozen", 2)
     before = {n: p.clone() for n, p in opt.model.named_parameters()}
@@ -156,59 +176,91 @@ def test_a_parameter_without_a_gradient_does_not_hold_back_its_unit(alone, stage
     for _ in range(2):  # 4 ones twice: a weight's and a bias's; the other layer takes no part
         opt.backward(net[0][0](torch.ones(1, 3)).sum())
     assert opt.step(LR) == 4.0
-    assert all(u.bucket is None or stage < 2 for u in opt.units)
+    assert all(u.bucket is None for u in opt.units)
 
 
 # ------------------------------------------------------------------------------- memory, traffic
 
 
-def observe(rank, stage, kind):
+def observe(rank, stage, kind, overlap):
     """What a step of k = 2 micro-batches keeps, holds at its peak and sends."""
-    opt = optimizer("tied", stage, kind)
-    seen = {"rest": [opt.live_bytes()], "gathered": 0, "buckets": 0, "peak": 0}
+    opt = optimizer("tied", stage, kind, overlap=overlap)
+    seen = {"rest": [opt.live_bytes()], "gathered": 0, "buckets": 0}
 
-    def look(*_):
-        seen["peak"] = max(seen["peak"], sum(opt.live_bytes().values()))
-        seen["gathered"] = max(seen["gathered"], sum(u.present for u in opt.units))
+    def look():
+        whole = [u for u in opt.units if u.flat.untyped_storage().nbytes()]
+        seen["gathered"] = max(seen["gathered"], len(whole))
         seen["buckets"] = max(seen["buckets"], sum(u.bucket is not None for u in opt.units))
 
-    gather, reduce = z.Unit.gather, opt.reduce
-    z.Unit.gather = lambda unit: (gather(unit), look())
+    prefetch, reduce, peak = z.Unit.prefetch, opt.reduce, z.Peak(opt)
+    z.Unit.prefetch = lambda unit: (prefetch(unit), look())
     opt.reduce = lambda unit: (look(), reduce(unit))
-    for p in opt.model.parameters():
-        p.register_post_accumulate_grad_hook(look)
     SENT["bytes"] = 0
-    for step in range(2):
-        opt.backward(-token_logprobs(opt.model, *batch(step)).sum())
-        seen["rest"].append(opt.live_bytes())
-    opt.step(LR)
-    seen["sent"] = SENT["bytes"]
+    with peak:
+        for step in range(2):
+            opt.backward(-token_logprobs(opt.model, *batch(step)).sum())
+            seen["rest"].append(opt.live_bytes())
+        opt.step(LR)
+    seen["sent"], seen["peak"] = SENT["bytes"], sum(peak.most.values())
     with torch.no_grad():
         opt.model(batch(0)[0])
-    z.Unit.gather = gather
     seen["rest"].append(opt.live_bytes())
     parameters = list(opt.model.parameters())
     seen["absent"] = all(p.isnan().all() and p.untyped_storage().nbytes() <= 8 for p in parameters)
     seen["shapes"] = [p.shape for p in parameters] == [p.shape for p in build().parameters()]
-    return seen
+    training, seen["gathered"] = seen["gathered"], 0
+    for _ in opt.full_parameters():
+        look()
+    z.Unit.prefetch = prefetch
+    return seen | {"gathered": training, "for saving": seen["gathered"]}
 
 
-@pytest.mark.parametrize("world", [1, 2, 3])
-@pytest.mark.parametrize("kind", ["fp32", "bf16"])
-def test_live_bytes_equal_the_plan_with_padding_at_rest_and_at_the_peak(ranks, world, kind):
+@pytest.mark.parametrize("kind, world, overlap", [
+    ("fp32", 1, True), ("fp32", 2, True), ("bf16", 3, True), ("bf16", 2, False)])
+def test_live_bytes_equal_the_plan_with_padding_at_rest_and_at_the_peak(
+        ranks, kind, world, overlap):
     units = [-(-n // world) * world for n in (EMBED, BLOCK, BLOCK, NORM)]
-    width = DTYPES[kind].itemsize
+    width, shape = DTYPES[kind].itemsize, z.layers(build(), world)
     for stage in range(4):
         row = z.plan(sum(units), world, kind == "bf16", 2)[stage]
-        for seen in ranks(world, observe, stage, kind):
+        above = width * z.buffers(shape, stage, world > 1, overlap)
+        for seen in ranks(world, observe, stage, kind, overlap):
             for live in seen["rest"]:
-                assert live == {k: row[k] for k in ("parameters", "gradients", "optimizer")}, stage
+                expected = ("parameters", "gradients", "optimizer", "host")
+                assert live == {k: row[k] for k in expected} | {"buffers": 0}, stage
             assert seen["absent"] == (stage == 3) and seen["shapes"]
-            assert seen["gathered"] == (4 if stage < 3 else 1)  # one layer at a time
-            assert seen["buckets"] == (4 if stage < 2 else 1)  # one gradient at a time
-            above = width * max(units) * ((stage >= 2) + (stage == 3))
+            assert seen["gathered"] == (4 if stage < 3 else 1 + overlap)  # one layer and the next
+            assert seen["buckets"] == (0 if stage < 2 else 1 + overlap)
+            assert seen["for saving"] == (4 if stage < 3 else 1)
             assert seen["peak"] == row["total"] + above, stage
             assert seen["sent"] == row["sent"], stage
+
+
+def measured(rank, flags):
+    """What `zero.py measure` prints."""
+    sys.argv[1:] = ["measure", "--threads", "1", *flags.split()]
+    with contextlib.redirect_stdout(io.StringIO()) as out:
+        z.main(model)
+    return out.getvalue()
+
+
+@pytest.mark.parametrize("world, flags", [
+    (2, "--dtype fp32 --no-overlap --model small --micro-batches 1"), (3, "--dtype bf16 --offload")])
+def test_measure_prints_a_real_model_in_every_stage_equal_to_the_plan(ranks, world, flags):
+    out = ranks(world, measured, f"--steps 1 --rows 1 --context 64 {flags}")[0].splitlines()
+    plain, recomputed = (int(line.split()[3].replace(",", "")) for line in out[1:3])
+    assert 0 < 5 * recomputed < plain
+    for stage in range(4):
+        peak, plan = ([line.split()[2:] for line in out if line.startswith(f"{stage:>4}{what:>8}")]
+                      for what in ("peak", "plan"))
+        assert peak[0][:6] == plan[0] and len(plan[0]) == 6  # five kinds, and what is sent
+        assert float(peak[0][6]) > 0 and int(peak[0][7].replace(",", "")) > 1e8
+
+
+def test_saved_bytes_are_the_tensors_that_backward_needs(alone):
+    net = torch.nn.Sequential(torch.nn.Linear(5, 7), torch.nn.Tanh())
+    x = torch.ones(3, 5)
+    assert z.saved_bytes(lambda: net(x).sum(), net) == 4 * (3 * 5 + 3 * 7)  # x, and tanh's output
 
 
 def traffic(rank, stage, k, changes, checkpointing):
@@ -240,13 +292,14 @@ def kernel_bytes():
     (2, 3, {}, True), (3, 1, {}, False), (3, 3, {"tie_word_embeddings": False}, False)])
 def test_bytes_sent_follow_the_formula_and_the_kernel_agrees(
         ranks, world, k, changes, checkpointing):
-    padded = {n: -(-n // world) * world for n in (EMBED, BLOCK, NORM)}
-    outer = padded[EMBED] * (2 if changes else 1)
-    size = outer + 2 * padded[BLOCK] + padded[NORM]
+    embed, block, norm = (-(-n // world) * world for n in (EMBED, BLOCK, NORM))
+    size, f = embed * (2 if changes else 1) + 2 * block + norm, (world - 1) / world
+    shape = z.layers(CausalLM(ModelConfig(**SHAPE | changes)), world)
     for stage in range(4):
-        expected = z.plan(size, world, False, k)[stage]["sent"]
+        expected = 4 * size * f * (2, 2, k + 1, 3 * k)[stage]
         if stage == 3 and changes:  # untied: embedding and head are gathered once
-            expected -= k * 4 * outer * (world - 1) / world
+            expected -= k * 4 * 2 * embed * f
+        assert z.plan_layers(shape, world, False, k, True)[stage]["sent"] == expected
         for counted, kernel in ranks(world, traffic, stage, k, changes, checkpointing):
             assert counted == expected, stage
             assert counted < kernel < 1.2 * counted + 4000  # gloo's headers; its messages are small
@@ -367,13 +420,20 @@ def test_a_damaged_state_falls_back_to_the_one_before(alone, tmp_path, capsys):
         weights[step] = flat(opt.full_parameters())
         z.save_state(tmp_path, {"policy": opt}, {"step": step})
     assert steps() == [3, 4]  # the newest and the one before
-    path = tmp_path / "step-00000004" / "rank-0.pt"
-    content = bytearray(path.read_bytes())
-    content[len(content) // 2] ^= 1
-    path.write_bytes(content)
-    assert z.load_state(tmp_path, {"policy": opt})["step"] == 3
-    assert "step-00000004" in capsys.readouterr().out
-    assert np.array_equal(flat(opt.full_parameters()), weights[3])
+    for name, place in (("rank-0.pt", None), ("rank-0.pt", 0), ("manifest.json", 13),
+                        ("manifest.json", None), ("manifest.json", 0)):
+        path = tmp_path / "step-00000004" / name
+        whole = path.read_bytes()
+        half, flipped = whole[: len(whole) // 2], bytearray(whole)
+        flipped[place or len(whole) // 2] ^= 1
+        path.write_bytes(half if place == 0 else flipped)
+        assert z.load_state(tmp_path, {"policy": opt})["step"] == 3
+        assert f"step-00000004/{name} is damaged; going back" in capsys.readouterr().out
+        assert np.array_equal(flat(opt.full_parameters()), weights[3])
+        path.write_bytes(whole)
+    assert z.load_state(tmp_path, {"policy": opt})["step"] == 4
+    path.write_bytes(half)
+    assert z.load_state(tmp_path, {"policy": opt})["step"] == 3 and capsys.readouterr().out
     z.save_state(tmp_path, {"policy": opt}, {"step": 3})
     assert steps() == [3]  # what stood behind the step gone back to was given up
     (tmp_path / "step-00000005").mkdir()
@@ -431,6 +491,53 @@ def test_the_plan_is_figure_1_of_the_zero_paper():
     assert [round(row["total"] / 1e9, 1) for row in rows] == [120.0, 31.4, 16.6, 1.9]
     assert [row["sent"] / (2 * 7.5e9) * 64 / 63 for row in rows] == pytest.approx([2, 2, 2, 3])
     assert [row["total"] / 7.5e9 for row in z.plan(7.5e9, 4, False)] == [16, 10, 7, 4]
+    for sixteen, left in ((True, [4, 4, 2.5, 1]), (False, [8, 8, 5, 2])):  # weight + gradient
+        away = z.plan(7.5e9, 4, sixteen, offload=True)
+        assert [row["total"] / 7.5e9 for row in away] == left
+        assert [row["host"] / 7.5e9 for row in away] == [12, 3, 3, 3]
+
+
+def test_rlhf_of_7b_parameters_needs_four_gpus_of_80_gb():
+    rows = z.rlhf(7e9, 4)
+    assert [row["PPO"] / 1e9 for row in rows] == [252, 126, 105, 63]  # D0: 4 × 80 GB
+    assert [row["DPO"] / 1e9 for row in rows] == [126, 63, 52.5, 31.5]
+
+
+def test_buffers_are_those_of_the_worst_moment_of_the_backward_pass():
+    tied = z.layers(build(), 3)
+    padded = [-(-n // 3) * 3 for n in (EMBED, BLOCK, BLOCK, NORM, EMBED)]
+    assert [size for _, size in tied] == padded and tied[0] == tied[-1]
+    untied = [("embed", 7), ("0", 10), ("1", 11), ("norm", 1), ("head", 20)]
+    # gathered + bucket + (bucket and what it receives of the layer before, or what it receives)
+    assert z.buffers(untied, 3, 0, overlap=False) == 20 + 20
+    assert z.buffers(untied, 3, 1, overlap=False) == 20 + 20 + 20
+    assert z.buffers(untied, 3, 1) == (20 + 1) + 20 + 20  # the norm is prefetched
+    assert z.buffers(untied[:-1], 3, 1) == (11 + 10) + 11 + 11
+    assert z.buffers(untied[:-1], 3, 0) == (11 + 10) + 11 + 1
+    assert z.buffers(untied[:2], 3, 0) == 10 + 7 + 10  # behind 0 nothing is prefetched
+    assert z.buffers(tied, 3, 0, overlap=False) == padded[1] + max(padded[:2])
+    assert z.buffers(untied, 2, 1) == 1 + 40 and z.buffers(untied[:3], 2, 1) == 10 + 11 + 11
+    assert z.buffers(untied[:3], 2, 0, overlap=False) == 11
+    assert z.buffers(untied, 1, 1) == 20 and z.buffers(untied, 0, 0) == 0
+
+
+@pytest.mark.parametrize("flags, said", [
+    ("--params 7.5e9 --world-size 64", ["120", "31.41", "16.64", "1.875", "0.2953"]),
+    ("--model llama-65b --world-size 8 --bandwidth 25", ["65,285,660,672", "peak", "783.4"]),
+    ("--params 7e9 --world-size 4 --rlhf", ["PPO", "252", "63"])])
+def test_the_plan_is_printed_for_a_size_or_a_model_of_the_documents(
+        monkeypatch, capsys, flags, said):
+    monkeypatch.setattr(sys, "argv", ["zero.py", "plan", *flags.split()])
+    z.main(model)
+    words = capsys.readouterr().out.split()
+    assert all(word in words for word in said)
+
+
+def test_a_wrong_command_or_model_is_named(monkeypatch):
+    for words, said in ((["plan", "--model", "gpt9"], "gpt3-175b"), (["draw"], "say plan")):
+        monkeypatch.setattr(sys, "argv", ["zero.py", *words])
+        with pytest.raises(SystemExit, match=said):
+            z.main(model)
 
 
 # --------------------------------------------------------------------------- the folder of a run
@@ -474,6 +581,18 @@ def test_the_same_config_resumes_and_cuts_the_metrics_back(folder):
         Run(replace(cfg, lr=0.5), 10)
     assert (folder / "run.json").read_text() == before and logged(cfg) == list(range(7))
     assert work(replace(cfg, lr=0.5, fresh=True), 2) == 0 and logged(cfg) == [0, 1]
+
+
+def test_nothing_is_saved_on_the_way_with_save_every_0_and_a_restart_is_not_fresh(
+        folder, monkeypatch):
+    cfg = RunConfig(out=str(folder), save_every=0)
+    assert work(cfg, 8) == 0 and not (folder / "state").exists()
+    cfg = replace(cfg, save_every=4, fresh=True)
+    assert work(cfg, 8) == 0
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    assert work(cfg, 9) == 8
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "0")
+    assert work(cfg, 9) == 0
 
 
 def test_a_run_that_never_took_a_step_binds_nobody_to_its_config(folder):
