@@ -93,18 +93,6 @@ def decoding(c, rows, prompt, new, dtype):
     return lambda: generate(model, prompts, new, end_id=-1, temperature=0)
 
 
-def medians(functions, rounds):
-    """Median seconds of each function, one round of all after the other."""
-    times = [[] for _ in functions]
-    for turn in range(rounds + 1):
-        for i, function in enumerate(functions):
-            began = time.perf_counter()
-            function()
-            if turn:  # the first round warms up
-                times[i].append(time.perf_counter() - began)
-    return [statistics.median(t) for t in times]
-
-
 def random_rows(c, count, prompt, reply):
     """(ids, mask) of rows whose last `reply` tokens are trained."""
     ids = torch.randint(2, c.vocab_size, (count, prompt + reply)).tolist()
@@ -158,6 +146,18 @@ def ppo_phases(c, dtype):
         rollouts[:] = ppo.respond(policy, queries, range(32), TOKENIZER, cfg)
     return (respond, lambda: ppo.experience(policy, value, *frozen, rollouts, (0.0, 1.0), TOKENIZER, cfg, "cpu"),
             lambda: ppo.update(policy, value, rollouts, 0, TOKENIZER, cfg, "cpu", 0.1))
+
+
+def medians(functions, rounds):
+    """Median seconds of each function, one round of all after the other."""
+    times = [[] for _ in functions]
+    for turn in range(rounds + 1):
+        for i, function in enumerate(functions):
+            began = time.perf_counter()
+            function()
+            if turn:  # the first round warms up
+                times[i].append(time.perf_counter() - began)
+    return [statistics.median(t) for t in times]
 
 
 def rlhf(rounds):
