@@ -1,4 +1,7 @@
-"""Speed beside the machine's limit, taken in turn in one run: `make bench` or `python tests/bench.py [--shape small]`.
+"""Speed beside the machine's limit, taken in turn in one run: `make bench` or
+
+    python tests/bench.py --shape small    a training step (with --compile also compiled), generation
+    python tests/bench.py --rlhf           a step of SFT, reward model and DPO, an iteration of PPO
 
 ZeRO beside torch's DDP and FSDP2:  torchrun --nproc-per-node 2 tests/bench.py --zero [--dtype bf16] [--memory NAME]
 
@@ -12,6 +15,7 @@ import statistics
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 import torch.distributed as dist
@@ -20,11 +24,19 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
+import dpo  # noqa: E402
+import ppo  # noqa: E402
+import reward  # noqa: E402
+import sft  # noqa: E402
 import zero  # noqa: E402
-from model import PRESETS, CausalLM, ModelConfig, generate, token_logprobs  # noqa: E402
+from data import micro_batches  # noqa: E402
+from model import PRESETS, CausalLM, ModelConfig, ScalarModel, generate, token_logprobs  # noqa: E402
 
-# name: preset, rows, tokens per row
-SHAPES = {"tiny": ("tiny", 16, 128), "small": ("small", 16, 256)}
+CHAR = ModelConfig(65, 128, 352, 4, 4, 4, max_position_embeddings=64)  # nanoGPT's CPU recipe
+# name: model, rows, tokens per row
+SHAPES = {"tiny": (PRESETS["tiny"], 16, 128), "small": (PRESETS["small"], 16, 256), "char": (CHAR, 12, 64)}
+# what the scripts ask of a tokenizer; no sample is ever -1, so that all replies have their full length
+TOKENIZER = SimpleNamespace(ids={"<|pad|>": 0, "<|reward|>": 1, "<|end|>": -1})
 
 
 def layer_products(c):
@@ -56,8 +68,10 @@ def bare_step(c, rows, tokens, dtype):
     return run, flops + 3 * c.num_hidden_layers * 4 * heads * tokens**2 * c.head_dim
 
 
-def training_step(c, rows, tokens, dtype):
+def training_step(c, rows, tokens, dtype, compiled=False):
     optimizer = zero.AdamW(CausalLM(c), dtype=dtype)
+    for block in optimizer.model.model.layers if compiled else ():
+        block.compile()
     ids = torch.randint(0, c.vocab_size, (rows, tokens + 1))
 
     def run():
@@ -86,6 +100,61 @@ def decoding(c, rows, prompt, new, dtype):
     return lambda: generate(model, prompts, new, end_id=-1, temperature=0)
 
 
+def random_rows(c, count, prompt, reply):
+    """(ids, mask) of rows whose last `reply` tokens are trained."""
+    ids = torch.randint(2, c.vocab_size, (count, prompt + reply)).tolist()
+    return [(row, [0] * prompt + [1] * reply) for row in ids]
+
+
+def later_steps(c, dtype):
+    """{name: (a step, its tokens)}: 8 rows or pairs of 256 tokens; of DPO's the last 128 are the reply."""
+    rows, pairs = random_rows(c, 8, 0, 256), [random_rows(c, 2, 128, 128) for _ in range(8)]
+    frozen, cfg = CausalLM(c).to(dtype).requires_grad_(False), dpo.Config()
+
+    def sft_loss(model, part):
+        return sft.nll_sum(model, [rows[i] for i in part], TOKENIZER, "cpu") / sft.trained(rows)
+
+    def reward_loss(model, part):
+        scores = reward.score_groups(model, [[ids for ids, _ in pairs[i]] for i in part], TOKENIZER, "cpu")
+        return sum(reward.bradley_terry_loss(s, torch.tensor([1.0, 0.0])) for s in scores) / len(pairs)
+
+    def reference(part):
+        sides = dpo.sequence_logprobs(frozen, [pairs[i] for i in part], TOKENIZER, "cpu")
+        return list(zip(*(side.tolist() for side in sides)))
+
+    def dpo_loss(model, part, cached=None):
+        known = [cached[i] for i in part] if cached else reference(part)
+        return dpo.pair_losses(model, [pairs[i] for i in part], known, TOKENIZER, cfg, "cpu")[0] / len(pairs)
+
+    def step(kind, parts, loss):
+        optimizer = zero.AdamW(kind(c), dtype=dtype)
+
+        def run():
+            for part in parts:
+                optimizer.backward(loss(optimizer.model, part))
+            optimizer.step(1e-5)
+        return run
+    by_row, by_pair = (micro_batches([256] * 8, cfg.micro_tokens, rows=n) for n in (1, 2))
+    cached = reference(range(8))
+    return {"SFT": (step(CausalLM, by_row, sft_loss), 2048),
+            "reward model": (step(ScalarModel, by_pair, reward_loss), 4096),
+            "DPO, reference cached": (step(CausalLM, by_pair, lambda *a: dpo_loss(*a, cached)), 4096),
+            "DPO, reference computed": (step(CausalLM, by_pair, dpo_loss), 4096)}
+
+
+def ppo_phases(c, dtype):
+    """The parts of an iteration, to be run in turn: 32 prompts x (64 + 64) tokens, 4 epochs of one step."""
+    cfg = ppo.Config(batch_size=32, max_new_tokens=64, ppo_epochs=4, minibatches=1)
+    policy, value = (zero.AdamW(kind(c), dtype=dtype) for kind in (CausalLM, ScalarModel))
+    frozen = [zero.Sharded(kind(c).requires_grad_(False), dtype=dtype) for kind in (CausalLM, ScalarModel)]
+    queries, rollouts = [ids for ids, _ in random_rows(c, 32, 64, 0)], []
+
+    def respond():
+        rollouts[:] = ppo.respond(policy, queries, range(32), TOKENIZER, cfg)
+    return (respond, lambda: ppo.experience(policy, value, *frozen, rollouts, (0.0, 1.0), TOKENIZER, cfg, "cpu"),
+            lambda: ppo.update(policy, value, rollouts, 0, TOKENIZER, cfg, "cpu", 0.1))
+
+
 def medians(functions, rounds):
     """Median seconds of each function, one round of all after the other."""
     times = [[] for _ in functions]
@@ -96,6 +165,18 @@ def medians(functions, rounds):
             if turn:  # the first round warms up
                 times[i].append(time.perf_counter() - began)
     return [statistics.median(t) for t in times]
+
+
+def rlhf(rounds):
+    c, dtype = PRESETS["small"], torch.bfloat16
+    later = later_steps(c, dtype)
+    steps, tokens = zip(*later.values())
+    print("small, bf16, a step of 8 rows or pairs of 256 tokens, every token counted once")
+    for name, n, seconds in zip(later, tokens, medians(steps, rounds)):
+        print(f"  {name:<23} {n / seconds:>7,.0f} tokens/s  {1e3 * seconds:7.1f} ms")
+    sampled, scored, learned = medians(ppo_phases(c, dtype), rounds)
+    print(f"  PPO, 32 x (64 + 64) tokens, 4 epochs: {sampled + scored + learned:.2f} s = generation {sampled:.2f} "
+          f"({32 * 64 / sampled:,.0f} tokens/s) + scoring {scored:.2f} + update {learned:.2f}")
 
 
 # ---- ZeRO: the same model, data and AdamW under our stages, DDP and FSDP2
@@ -172,34 +253,43 @@ def zero_main(args):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", choices=SHAPES, default="tiny")
     parser.add_argument("--rounds", type=int, help="default: 7, with --zero 21")
+    parser.add_argument("--threads", type=int, default=0)
+    parser.add_argument("--compile", action="store_true")
+    parser.add_argument("--rlhf", action="store_true")
     parser.add_argument("--zero", action="store_true")
     parser.add_argument("--dtype", default="fp32", choices=["fp32", "bf16"])
     parser.add_argument("--memory", default="")
     args = parser.parse_args()
     args.rounds = args.rounds or (21 if args.zero else 7)
     if args.zero:
-        zero_main(args)
-        return
-    zero.setup(zero.BaseConfig())
-    preset, rows, tokens = SHAPES[args.shape]
-    c = PRESETS[preset]
+        return zero_main(args)
+    zero.setup(zero.BaseConfig(threads=args.threads))
+    if args.rlhf:
+        return rlhf(args.rounds)
+    c, rows, tokens = SHAPES[args.shape]
     print(f"training, {args.shape}: {c.num_parameters():,} parameters, {rows} x {tokens} tokens a step")
     for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
         bare, flops = bare_step(c, rows, tokens, dtype)
         a = torch.randn(2048, 2048, dtype=dtype)
-        ours, limit, square = medians([training_step(c, rows, tokens, dtype), bare, lambda: a @ a], args.rounds)
+        steps = {name: training_step(c, rows, tokens, dtype)}
+        if args.compile:
+            steps[f"{name} compiled"] = training_step(c, rows, tokens, dtype, compiled=True)
+        *times, limit, square = medians([*steps.values(), bare, lambda: a @ a], args.rounds)
         peak = 2 * 2048**3 / square
-        print(f"  {name}: {rows * tokens / ours:>9,.0f} tokens/s  {1e3 * ours:7.1f} ms = {ours / limit:.2f} x the bare "
-              f"products; {flops / ours / peak:.0%} of the peak of {peak / 1e9:,.0f} GFLOP/s")
+        for kind, ours in zip(steps, times):
+            print(f"  {kind}: {rows * tokens / ours:>9,.0f} tokens/s  {1e3 * ours:7.1f} ms = {ours / limit:.2f} x the "
+                  f"bare products; {flops / ours / peak:.0%} of the peak of {peak / 1e9:,.0f} GFLOP/s")
+    if c.max_position_embeddings < 128:  # no room for the replies
+        return
     print("generation with cache, prompt 64, 64 new tokens, greedy")
     for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
         for batch in (1, 32):
             pair = [decoding(c, batch, 64, 64, dtype), bare_decoding(c, batch, 64, dtype)]
             ours, limit = medians(pair, args.rounds)
-            print(f"  {name}, {batch:>2} rows: {batch * 64 / ours:>9,.0f} tokens/s, {limit / ours:.0%} of the bare products")
+            print(f"  {name}, {batch:>2} rows: {batch * 64 / ours:>6,.0f} tokens/s, {limit / ours:.0%} of the products")
 
 
 if __name__ == "__main__":
