@@ -34,10 +34,11 @@ class Config(RunConfig):
     beta: float = 0.2  # weight of staying near the reference; smaller moves further
     nll_coef: float = 0.2  # weight of the chosen reply's likelihood per token; 0 is the paper
     pairs: int = 1  # pairs taken from one prompt's ranked replies
+    misplaced: float = 0.2  # share of the prompts whose reply from another prompt makes a pair
     context: int = 256  # longest prompt + reply; the prompt loses its start first
     epochs: float = 2.0  # passes over the pairs
     batch_size: int = 16  # pairs per optimizer step over all processes
-    lr: float = 3e-5  # peak learning rate, after warmup: far below SFT's, or the model is ruined
+    lr: float = 5e-5  # peak learning rate, after warmup: far below SFT's, or the model is ruined
     steps: int = 0  # optimizer steps; 0: as many as --epochs makes
 
 
@@ -51,15 +52,17 @@ def dpo_loss(chosen, rejected, ref_chosen, ref_rejected, beta):
     return -F.logsigmoid(better - worse), better.detach(), worse.detach()
 
 
-def pairs_of(record, count, seed) -> list[tuple[str, str]]:
-    """Up to `count` different (better, worse) pairs of one prompt's replies, drawn by the seed.
+def pairs_of(record, count, seed, misplaced=1.0) -> list[tuple[str, str]]:
+    """Up to `count` different pairs (best, worse) of one prompt's replies, drawn by the seed.
 
     Where sampling temperatures are known, the coolest come first: they are nearest to what the
-    policy says; and replies to other prompts (0) count only as the refusals it must not give."""
+    policy says. Replies to other prompts (temperature 0) count only as refusals of the harmless, on
+    a share `misplaced` of the prompts: a few keep refusals from spreading, many undo them."""
     replies, heat = record["replies"], record.get("temperatures")
     scored = list(zip(replies, record["scores"], heat or [1.0] * len(replies)))
+    drawn = keyed_seed(seed, record["messages"]) % 1000 < 1000 * misplaced
     found = {(max(h, k), keyed_seed(seed, a, b), a, b) for a, x, h in scored for b, y, k in scored
-             if x > y and h > 0 and (k > 0 or y == -1)}
+             if x == max(record["scores"]) > y and h > 0 and (k > 0 or y == -1 and drawn)}
     return [(a, b) for _, _, a, b in sorted(found)[:count]]
 
 
@@ -127,7 +130,8 @@ def evaluate(model, pairs, reference, tokenizer, cfg, device) -> dict:
 def main(cfg):
     device, dtype = setup(cfg)
     tokenizer = Tokenizer.load(cfg.init)
-    drawn = [(r, p) for r in read_comparisons(cfg.data) for p in pairs_of(r, cfg.pairs, cfg.seed)]
+    drawn = [(record, pair) for record in read_comparisons(cfg.data)
+             for pair in pairs_of(record, cfg.pairs, cfg.seed, cfg.misplaced)]
     pairs = [pair_rows(record, pair, tokenizer, cfg.context) for record, pair in drawn]
     end = len(pairs) - int(len(pairs) * cfg.val_fraction)
     training, val = range(end), range(end, len(pairs))

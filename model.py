@@ -102,7 +102,8 @@ class RMSNorm(nn.Module):
 def rope_table(config: ModelConfig) -> tuple[torch.Tensor, torch.Tensor]:
     """cos and ±sin of position · theta^(-2i/D), each (P, D) for P positions (RoFormer eq. 15)."""
     inverse = config.rope_theta ** (-torch.arange(0, config.head_dim, 2).double() / config.head_dim)
-    angles = torch.arange(config.max_position_embeddings).double()[:, None] * inverse  # (P, D/2)
+    positions = torch.arange(-(-config.max_position_embeddings // 8) * 8)  # as batches are padded
+    angles = positions.double()[:, None] * inverse  # (P, D/2)
     cos, sin = angles.cos(), angles.sin()
     return torch.cat([cos, cos], -1), torch.cat([-sin, sin], -1)
 
@@ -117,9 +118,9 @@ def rotate(x, cos, sin):
 def attention_formula(q, k, v, mask):
     """softmax(q·kᵀ / √D + mask) · v, as in D4 2.2.1, with heads, batch and a mask.
 
-    q (B, H, T, D), k and v (B, K, S, D) with H a multiple of K; mask (T, S) or (B, 1, T, S), 0 where
-    a query may look and -inf elsewhere. The H/K query heads that share a key head become further
-    rows of it: no key is copied.
+    q (B, H, T, D), k and v (B, K, S, D) with H a multiple of K; mask (T, S) or (B, 1, T, S), 0
+    where a query may look and -inf elsewhere. The H/K query heads that share a key head become
+    further rows of it: no key is copied.
     """
     B, H, T, D = q.shape
     K, S = k.shape[1:3]
@@ -253,10 +254,10 @@ class Decoder(nn.Module):
         self.tables = {}  # (device, dtype) → cos, sin: no buffers, a state dict is parameters only
 
     def forward(self, input_ids, cache=None):
-        """With a cache, in generation, rows are padded on the left and go on where it ends; training
-        pads on the right, where the causal mask hides it: no padding mask is needed."""
+        """With a cache, in generation, rows are padded on the left and go on where it ends; in
+        training on the right, where the causal mask hides it: no padding mask is needed."""
         T, limit = input_ids.shape[1], self.config.max_position_embeddings
-        if cache is None and T > limit:  # a cache holds padding too, and generate() its own limit
+        if cache is None and T > -(-limit // 8) * 8:  # padding counts; generate() has its own limit
             raise SystemExit(f"model: {T} tokens exceed the context of {limit} "
                              "(max_position_embeddings)")
         x = self.embed_tokens(input_ids)  # (B, T, C)
@@ -405,10 +406,11 @@ def generate_steps(model, prompts, max_new_tokens, end_id, temperature=1.0, top_
                    use_cache=True):
     """Yields (rows, tokens) after every decoding step: which prompts got a token, and which.
 
-    prompts: lists of ids of any lengths; a row ends with its first end_id, after max_new_tokens, or
-    when it is max_position_embeddings long. temperature 0 is greedy; else row i draws from a
-    generator seeded with seeds[i], one uniform number a token, so that a reply does not depend on
-    the batch it was sampled in. top_p < 1 samples from the nucleus (Holtzman et al. 2020).
+    prompts: lists of ids of any lengths; a row ends with its first end_id (or one of a list), after
+    max_new_tokens, or when it is max_position_embeddings long. temperature 0 is greedy; else row i
+    draws from a generator seeded with seeds[i], one uniform number a token, so that a reply does
+    not depend on the batch it was sampled in. top_p < 1 samples from the nucleus (Holtzman et al.
+    2020).
     """
     first, context = next(model.parameters()), model.config.max_position_embeddings
     lengths = torch.tensor([len(p) for p in prompts])
@@ -424,7 +426,7 @@ def generate_steps(model, prompts, max_new_tokens, end_id, temperature=1.0, top_
     tokens = torch.zeros(len(prompts), longest, dtype=torch.long)  # left-padded, pads are masked
     for row, prompt in zip(tokens, prompts):
         row[longest - len(prompt) :] = torch.tensor(prompt)
-    alive = torch.ones(len(prompts), dtype=torch.bool)
+    alive, ends = torch.ones(len(prompts), dtype=torch.bool), torch.tensor(end_id)
     for step in range(max_new_tokens):
         if step == 0 or not use_cache:
             cache = KVCache(model.config, pad, first.device, first.dtype)
@@ -434,7 +436,7 @@ def generate_steps(model, prompts, max_new_tokens, end_id, temperature=1.0, top_
         new = sample(logits, temperature, top_p, uniforms[rows, step].to(first.device)).cpu()
         yield rows[alive].tolist(), new[alive].tolist()
         tokens = torch.cat([tokens, new[:, None]], dim=1)
-        alive &= (new != end_id) & (tokens.shape[1] - pad < context)
+        alive &= ~torch.isin(new, ends) & (tokens.shape[1] - pad < context)
         if not alive.any():
             return
         if alive.sum() < 0.8 * len(alive):  # finished rows leave: dropping them copies the cache

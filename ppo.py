@@ -37,12 +37,12 @@ class Config(RunConfig):
     out: str = "out/ppo"  # folder of this run
     prompts: str = "out/data/prompts.jsonl"  # conversations; a last reply is cut off
     val_fraction: float = 0.1  # how much of the end of --prompts is held out, to score replies to
-    steps: int = 30  # iterations: rollout, then update
+    steps: int = 36  # iterations: rollout, then update
     batch_size: int = 64  # prompts per iteration over all processes, one reply each
     max_new_tokens: int = 64
     ppo_epochs: int = 2  # passes over a rollout
     minibatches: int = 2  # optimizer steps per pass
-    lr: float = 3e-5  # of the policy
+    lr: float = 1e-4  # of the policy
     value_lr: float = 3e-4  # of the value model
     warmup: float = 0.1  # share of the steps in which the learning rates rise
     weight_decay: float = 0.0
@@ -117,11 +117,12 @@ class Rollout:
 
 def respond(policy, queries, seeds, tokenizer, cfg) -> list[Rollout]:
     """Samples a reply to each query, this rank a share of them; every rank gets all."""
-    end, rank, world = tokenizer.ids["<|end|>"], dist.get_rank(), dist.get_world_size()
+    end, stop = tokenizer.ids["<|end|>"], tokenizer.ids["<|endoftext|>"]
+    rank, world = dist.get_rank(), dist.get_world_size()
     mine = range(rank, len(queries), world)
     with policy.gathered():  # one gather for the whole rollout: ranks end at different tokens
-        replies = generate(policy.model, [queries[i] for i in mine], cfg.max_new_tokens, end,
-                           seeds=[seeds[i] for i in mine])
+        replies = generate(policy.model, [queries[i] for i in mine], cfg.max_new_tokens,
+                           [end, stop], seeds=[seeds[i] for i in mine])
     replies = everywhere(dict(zip(mine, replies)))
     return [Rollout(query, replies[i], replies[i][-1] == end) for i, query in enumerate(queries)]
 

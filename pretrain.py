@@ -43,7 +43,7 @@ class Config(RunConfig):
     num_attention_heads: int = 6
     num_key_value_heads: int = 2
     tie_word_embeddings: bool = True  # one matrix for embedding and head
-    steps: int = 1500  # optimizer steps
+    steps: int = 1600  # optimizer steps
     batch_size: int = 16  # windows per optimizer step over all processes
     lr: float = 3e-3  # peak learning rate, after warmup
 

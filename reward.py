@@ -41,29 +41,30 @@ class CollectConfig(BaseConfig):
     prompts: str = "out/data/prompts.jsonl"  # what the gold judge can judge ("answer", "kind")
     out: str = "out/comparisons.jsonl"  # file to write
     limit: int = 0  # use the first so many prompts; 0: all
-    temperatures: str = "1,1,1,1,1.5,1.5"  # a sample per prompt and temperature
+    temperatures: str = "1,1,1,1.5,1.5"  # a sample per prompt and temperature
     foreign: int = 1  # replies to other prompts added to each, so that misplaced ones occur too
     max_new_tokens: int = 64
 
 
 def collect(cfg):
     """Samples, judges and writes {"messages", "replies", "scores", "temperatures"} per prompt. The
-    judge is the annotator (人工标注); a reply cut off at max_new_tokens has the lowest score. Hot
-    samples supply the mistakes that a model hardly makes at temperature 1; 0 marks misplaced ones."""
+    judge is the annotator (人工标注). Hot samples supply the mistakes that a model hardly makes at
+    temperature 1; 0 marks misplaced ones."""
     device, dtype = setup(cfg)
     tokenizer, model = Tokenizer.load(cfg.init), load_model(cfg.init)
     sharded = Sharded(model, cfg.zero, dtype, device)
     records = [r for r in read_prompts(cfg.prompts) if "answer" in r][: cfg.limit or None]
     if not records:
         raise SystemExit(f'{cfg.prompts}: no record has an "answer"; bring your own comparisons')
-    end, heats = tokenizer.ids["<|end|>"], [float(t) for t in cfg.temperatures.split(",")]
+    ends = [tokenizer.ids["<|end|>"], tokenizer.ids["<|endoftext|>"]]
+    heats = [float(t) for t in cfg.temperatures.split(",")]
     asked, everyone = [render(r["messages"], tokenizer)[0] for r in records], {}
     with sharded.gathered():
         for heat in dict.fromkeys(heats):
             tasks = [(i, n) for n, h in enumerate(heats) if h == heat for i in range(len(records))]
             mine = tasks[dist.get_rank() :: dist.get_world_size()]
             seeds = [keyed_seed(cfg.seed, "collect", i, n) for i, n in mine]
-            replies = generate(model, [asked[i] for i, _ in mine], cfg.max_new_tokens, end, heat,
+            replies = generate(model, [asked[i] for i, _ in mine], cfg.max_new_tokens, ends, heat,
                                seeds=seeds, rows=256)
             everyone |= everywhere(dict(zip(mine, replies)))  # {(prompt, sample): ids}
     if dist.get_rank() > 0:
@@ -73,12 +74,12 @@ def collect(cfg):
     for i, record in enumerate(records):
         scored = {}  # text: (score, temperature)
         for n, heat in sorted(enumerate(heats), key=lambda item: item[1]):
-            ended, text = everyone[i, n][-1] == end, texts[i, n]
-            scored.setdefault(text, (gold_score(record, text) if ended else -1.0, heat))
+            if everyone[i, n][-1] == ends[0]:  # what was cut off is no reply
+                scored.setdefault(texts[i, n], (gold_score(record, texts[i, n]), heat))
         for k in range(cfg.foreign):
             other = misplaced(records, texts, i, keyed_seed(cfg.seed, "foreign", i, k))
             scored.setdefault(other, (gold_score(record, other), 0.0))
-        scores, temperatures = zip(*scored.values())
+        scores, temperatures = zip(*scored.values() or [((), ())])
         pairs += sum(a > b for a in scores for b in scores)
         rows.append(record | {"replies": list(scored), "scores": scores,
                               "temperatures": temperatures})
@@ -106,7 +107,7 @@ class Config(RunConfig):
     data: str = "out/comparisons.jsonl"  # chosen/rejected, ranked lists, or what collect wrote
     val_fraction: float = 0.1  # how much of the end of --data is held out
     context: int = 256  # longest prompt + reply; the prompt loses its start first
-    epochs: float = 2.0  # passes over the prompts
+    epochs: float = 3.0  # passes over the prompts
     batch_size: int = 16  # prompts per optimizer step over all processes, each with all its replies
     lr: float = 3e-4  # peak learning rate, after warmup
     steps: int = 0  # optimizer steps; 0: as many as --epochs makes
@@ -137,11 +138,11 @@ def score_groups(model, groups, tokenizer, device) -> list:
 
 
 def pair_kind(record, i, j) -> str:
-    """What the better reply i has before j: "safety", j does harm or refuses what is harmless;
-    "format", one is a reply to something else; else "right/wrong", with the hotter one's sampling
-    temperature where it is known."""
+    """What the better reply i has before j: "safety", i is as it should be, j does harm or refuses
+    the harmless; "format", one is a reply to something else; else "right/wrong", with the hotter
+    one's sampling temperature where it is known."""
     heat = record.get("temperatures")
-    if record.get("kind") in MORAL and record["scores"][j] == -1:
+    if record.get("kind") in MORAL and (record["scores"][i], record["scores"][j]) == (1, -1):
         return "safety"
     if not heat:
         return "right/wrong"
@@ -394,7 +395,8 @@ def judge_model(folder, records, mix, cfg, device, dtype) -> dict:
     is asked in ### Instruction: text, the others in chat, so it has no KL to SFT."""
     tokenizer, path = Tokenizer.load(folder), Path(folder) / "run.json"
     base = path.exists() and json.loads(path.read_text("utf-8"))["script"] == "pretrain.py"
-    end = tokenizer.ids["<|endoftext|>" if base else "<|end|>"]
+    stop = tokenizer.ids["<|endoftext|>"]  # after it another text would begin
+    end = stop if base else tokenizer.ids["<|end|>"]
     sharded = Sharded(load_model(folder), cfg.zero, dtype, device)
     asked = [tokenizer.encode(r["text"]) if r["kind"] == "cloze" else
              render(r["messages"], tokenizer, "alpaca" if base else "chat")[0] for r in records]
@@ -402,7 +404,7 @@ def judge_model(folder, records, mix, cfg, device, dtype) -> dict:
     def replies(tasks, temperature):
         mine = tasks[dist.get_rank() :: dist.get_world_size()]
         seeds = [keyed_seed(cfg.seed, "table", i, n) for i, n in mine]
-        out = generate(sharded.model, [asked[i] for i, _ in mine], cfg.max_new_tokens, end,
+        out = generate(sharded.model, [asked[i] for i, _ in mine], cfg.max_new_tokens, [end, stop],
                        temperature, seeds=seeds, rows=256)
         return everywhere(dict(zip(mine, out)))
 

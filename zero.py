@@ -196,6 +196,8 @@ def setup(cfg) -> tuple[torch.device, torch.dtype]:
     if hasattr(libc, "mallopt"):  # glibc, which gives large freed blocks back to the kernel: they
         libc.mallopt(-3, 1 << 25)  # M_MMAP_THRESHOLD   # fault in anew at every step, 3-4 % of it
         libc.mallopt(-1, 1 << 30)  # M_TRIM_THRESHOLD
+    # matrix kernels are made for each shape and kept, 1024 unless told otherwise
+    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "16384")
     cores = cpu_cores()
     torch.set_num_threads(cfg.threads or max(1, cores // ranks))  # torchrun's own default is 1
     torch.manual_seed(cfg.seed)  # equal weights on every rank; batches are keyed by step instead
@@ -539,7 +541,7 @@ def reduce_scatter(full):
 
 
 def summed(full, works, received):
-    """Waits for reduce_scatter(full): rank r's slice of the sum, which stands in slice r of full."""
+    """Waits for reduce_scatter(full): rank r's slice of the sum; it stands in slice r of full."""
     wait(works)
     mine = full.chunk(dist.get_world_size())[dist.get_rank()]
     return mine if received is None else torch.sum(received.view(-1, mine.numel()), 0, out=mine)

@@ -177,11 +177,13 @@ def test_the_first_reply_token_and_the_end_token_are_targets_and_padding_never_i
     input_ids, targets = collate(rows, pad=0)
     a, b, c, no = *b"abc", IGNORE
     start = [USER, a, END, ASSISTANT]
-    assert input_ids.tolist() == [[*start, b, c], [*start, b, END], [5, 0, 0, 0, 0, 0]]
+    assert input_ids.tolist() == [[*start, b, c, END, 0], [*start, b, END, 0, 0], [5] + [0] * 7]
     expected = [no, no, no, b, c, END], [no, no, no, b, END, no], [0, 0, no, no, no, no]
-    assert targets.tolist() == list(expected)
+    assert targets.tolist() == [[*row, no, no] for row in expected]  # to a multiple of 8
     padded, lengths = pad_rows([[1], [2, 9, 4], [5, 9]], 9)
-    assert padded.tolist() == [[1, 9, 9], [2, 9, 4], [5, 9, 9]] and lengths.tolist() == [1, 3, 2]
+    assert padded[:, 3:].eq(9).all() and padded.shape == (3, 8) and lengths.tolist() == [1, 3, 2]
+    assert padded[:, :3].tolist() == [[1, 9, 9], [2, 9, 4], [5, 9, 9]]
+    assert [collate([(range(n), [1] * n)], 0)[0].shape[1] for n in (8, 9, 10)] == [8, 8, 16]
 
 
 def test_an_empty_micro_batch_contributes_exactly_zero():
@@ -190,7 +192,7 @@ def test_an_empty_micro_batch_contributes_exactly_zero():
     input_ids, targets = collate([], PAD)
     loss = token_logprobs(model, input_ids, targets).sum()
     loss.backward()
-    assert input_ids.shape == (1, 1) and targets.tolist() == [[IGNORE]] and loss == 0
+    assert input_ids.shape == (1, 8) and targets.tolist() == [[IGNORE] * 8] and loss == 0
     assert all(p.grad is None or not p.grad.any() for p in model.parameters())
 
 
