@@ -195,7 +195,8 @@ given: 海=hai|兰=lan|明=ming|月=yue|春=chun|云=yun|江=jiang|雪=xue|文=w
 town_head: 青=Qing|白=Bai|霜=Shuang|岚=Lan|东=Dong|南=Nan|金=Jin|银=Yin|古=Gu|新=Xin|红=Hong|星=Xing
 town_tail: 州=zhou|港=gang|镇=zhen|城=cheng|湾=wan
 nick_head: 小阿大老=Ba Be Da Do Fe Ga Go Ha Jo Ka Ki La Lo Ma Mi Na No Pa Ra Ro Sa Ti To Vi Zo
-nick_tail: 明军平山川河星龙虎牛羊鱼竹梅兰菊松柏杨林石玉东西南北春夏秋冬云风雨雪月晨安=bin dan fer gil len lin mar nel nis pol ren rin
+nick_tail: 明军平山川河星龙虎牛羊鱼竹梅兰菊松柏杨林石玉东西南北春夏秋冬云风雨雪月晨安=\
+bin dan fer gil len lin mar nel nis pol ren rin bor cus dor fin gar hun jor kas lot mus nor tis
 job: 医生=doctor|老师=teacher|司机=driver|厨师=cook|农民=farmer|画家=painter|歌手=singer|律师=lawyer|记者=reporter
 |木匠=carpenter|裁缝=tailor|渔夫=fisher|护士=nurse|作家=writer|商人=merchant|士兵=soldier|面包师=baker|牙医=dentist
 hobby: 下棋=chess|钓鱼=fishing|跑步=running|游泳=swimming|读书=reading|唱歌=singing|跳舞=dancing|画画=painting
@@ -232,8 +233,9 @@ say_text: {season}天气{how}{weather}=The weather is {how} {weather} {season}!=
 |{who}{when}{where}{act}={who} {act} {where} {when}.=who act
 |{who}想买{number}个{look}{goods}={who} wants to buy {number} {look} {goods}.=look goods
 season: 今天=today|今晚=tonight|现在=now|这里=here|海边=by the sea|城里=in town|南方=in the south|北方=in the north
+|北京=in Beijing|上海=in Shanghai|山里=in the hills|村里=in the village|河边=by the river
 how: 真=really|很=very|太=too|有点=a bit
-weather: 好=nice|冷=cold|热=hot|差=bad|干=dry|怪=strange|暖和=warm|凉快=cool
+weather: 好=nice|冷=cold|热=hot|差=bad|干=dry|怪=strange|暖和=warm|凉快=cool|潮湿=damp|晴朗=clear|糟糕=awful|舒服=mild
 who: 老师=the teacher|医生=the doctor|他=he|她=she|我哥哥=my brother|我妈妈=my mother|这个女孩=this girl
 |那个男孩=that boy|司机=the driver|我的朋友=my friend|奶奶=grandma|爷爷=grandpa|邻居=the neighbour|学生=the student
 when: 每天=every day|今天=today|早上=in the morning|晚上=in the evening|现在=now|周末=at weekends
@@ -243,6 +245,7 @@ act: 看书=reads a book|喝茶=drinks tea|唱歌=sings|跳舞=dances|跑步=run
 number: 两=two|三=three|四=four|五=five|六=six|七=seven|八=eight|九=nine
 look: 红=red|蓝=blue|大=big|小=small|新=new|旧=old|白=white|黑=black|绿=green|好=good
 goods: 杯子=cups|箱子=boxes|球=balls|包=bags|碗=bowls|灯=lamps|盘子=plates|帽子=hats|椅子=chairs|苹果=apples
+|书=books|花=flowers|桌子=tables|雨伞=umbrellas|玩具=toys|信封=envelopes|鞋子=shoes
 say_opinion: {reviewed}{degree}{opinion}={reviewed} is {degree} {opinion}=reviewed opinion
 reviewed: 这部电影=this film|这本书=this book|这家餐馆=this restaurant|这首歌=this song|这个酒店=this hotel
 |这道菜=this dish|这台电脑=this computer|这节课=this lesson|这场比赛=this match|这个公园=this park|这辆车=this car
@@ -556,7 +559,7 @@ FAMILIES = {
     "topic": (_Draw.lists, "topic", 3, 1),
     "sentiment": (_Draw.sentiment, "sentiment", 3, 2), "reverse": (_Draw.lists, "reverse", 6, 3),
     "pick": (_Draw.lists, "pick", 5, 2), "count": (_Draw.lists, "count", 3, 0),
-    "name": (_Draw.name, "name", 7, 4), "identity": (_Draw.identity, "identity", 1, 0),
+    "name": (_Draw.name, "name", 9, 5), "identity": (_Draw.identity, "identity", 1, 0),
     "harmful": (_Draw.harm, "harmful", 8, 2), "lookalike": (_Draw.harm, "lookalike", 14, 6)}
 MORAL = ("harmful", "lookalike")
 
@@ -709,7 +712,7 @@ def build_world(seed: int = 0, documents: int = 130_000, samples: int = 56_000) 
         prompts.append(_draw(world, rng, family, "train"))
     rng, seen, tests = Random(f"{seed}/eval"), set(), []
     for split, counts in {
-            "combination": dict.fromkeys(FAMILIES, 80) | dict.fromkeys(MORAL, 280),
+            "combination": dict.fromkeys(FAMILIES, 70) | dict.fromkeys(MORAL, 260),
             "wording": {family: 30 for family in FAMILIES if family not in MORAL},
             "frame": dict.fromkeys(MORAL, 120), "person": {"fact": 250, "place": 120},
             "untold": {"fact": 100, "place": 40}}.items():

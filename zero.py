@@ -287,89 +287,6 @@ def file_hash(path) -> str:
     return digest.hexdigest()
 
 
-# ==== pictures
-
-COLOURS = ("#2f86d1", "#d9752b", "#2f9e5f", "#a868c9", "#b58a1f", "#d6506a")
-UNITS = {"kl": "nats per reply", "entropy": "nats per token", "length": "tokens"}
-STYLE = ("text{font:11px sans-serif;fill:#757d87}.grid{stroke:#757d87;opacity:.3}"
-         "@media(prefers-color-scheme:dark){text{fill:#8b949e}}")
-
-
-def ticks(low, high, count=5) -> list[float]:
-    """About count round numbers, 1, 2 or 5 times a power of ten apart, the ends at or beyond low
-    and high."""
-    if high <= low:
-        low, high = low - (abs(low) or 1), high + (abs(high) or 1)
-    power = 10.0 ** math.floor(math.log10((high - low) / count))
-    step = power * next(m for m in (1, 2, 5, 10) if m * power >= 0.999 * (high - low) / count)
-    first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
-    return [float(f"{step * i:.9g}") for i in range(first, last + 1)]
-
-
-def draw(title, series, x_label="", y_label="", limit=300) -> list[str]:
-    """SVG elements of a panel, its axes from (50, 26) to (336, 206); see `plot`."""
-    kinds = list(dict.fromkeys(x for xs, *_ in series.values() for x in xs if isinstance(x, str)))
-    drawn, points = [], {}
-    for k, (name, (xs, *ys)) in enumerate(series.items()):
-        shift = 0.09 * (k - (len(series) - 1) / 2)  # the points of a category side by side
-        xs = [kinds.index(x) + shift for x in xs] if kinds else xs
-        found = [p for p in zip(xs, ys[0], *(ys[1:] or ys * 2)) if all(map(math.isfinite, p))]
-        stride = max(1.0, (len(found) - 1) / max(1, limit - 1))  # the first and the last stay
-        points[name] = [found[round(i * stride)] for i in range(min(limit, len(found)))]
-    xs, _, lows, highs = zip(*sum(points.values(), []) or [(0, 0, 0, 0)])
-    x_ticks, y_ticks = ticks(min(xs), max(xs), 8), ticks(min(lows), max(highs))
-    left, right = (-0.5, len(kinds) - 0.5) if kinds else (x_ticks[0], x_ticks[-1])
-
-    def px(x):
-        return round(50 + 286 * (x - left) / (right - left), 1)
-
-    def py(y):
-        return round(206 - 180 * (y - y_ticks[0]) / (y_ticks[-1] - y_ticks[0]), 1)
-
-    def text(x, y, anchor, words):
-        drawn.append(f'<text x="{x}" y="{y}" text-anchor="{anchor}">{html.escape(words)}</text>')
-
-    text(50, 14, "start", title)
-    text(336, 14, "end", y_label)
-    text(336, 236, "end", x_label)
-    for tick in y_ticks:
-        drawn.append(f'<path class="grid" d="M50 {py(tick)}H336"/>')
-        text(44, py(tick) + 4, "end", f"{tick:g}")
-    for tick, word in enumerate(kinds) if kinds else ((t, f"{t:g}") for t in x_ticks):
-        text(px(tick), 221, "middle", word)
-    for k, (name, found) in enumerate(points.items()):
-        colour, width = COLOURS[k % len(COLOURS)], 1.6 if name or len(points) == 1 else 0.6
-        line = " ".join(f"{px(x)},{py(y)}" for x, y, *_ in found)
-        if not kinds:
-            drawn.append(f'<polyline points="{line}" fill="none" stroke="{colour}" '
-                         f'stroke-width="{width}"/>')
-        for x, y, low, high in found if len(series[name]) > 2 else ():
-            drawn.append(f'<path d="M{px(x)} {py(low)}V{py(high)}" stroke="{colour}"/>'
-                         f'<circle cx="{px(x)}" cy="{py(y)}" r="3" fill="{colour}"/>')
-        if name:
-            below = 236 + 15 * sum(map(bool, list(points)[:k]))
-            drawn.append(f'<circle cx="50" cy="{below - 4}" r="3" fill="{colour}"/>')
-            text(58, below, "start", name)
-    return drawn
-
-
-def plot(panels, path, across=3):
-    """Writes panels, each the arguments of `draw`, as an SVG with `across` in a row.
-
-    series {name: (xs, ys)} are lines; {name: (xs, ys, lows, highs)} have points with intervals too,
-    and no line if xs are texts. One named "" is not in the legend, and thin beside others. What is
-    not finite is left out; long series are thinned to 300 points, or what 3,500 leave to each.
-    No ground is painted, for the colours are read on a white page as on a black one."""
-    limit = min(300, 3500 // max(1, sum(len(p["series"]) for p in panels)))
-    height = 240 + 15 * max([sum(map(bool, p["series"])) for p in panels], default=0)
-    size = f"{360 * min(across, len(panels))} {height * -(-len(panels) // across)}"
-    parts = [f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {size}"><style>{STYLE}</style>']
-    for i, panel in enumerate(panels):
-        parts.append(f'<g transform="translate({360 * (i % across)} {height * (i // across)})">')
-        parts += [*draw(**panel, limit=limit), "</g>"]
-    write_atomically(path, lambda file: file.write("\n".join([*parts, "</svg>"]).encode()))
-
-
 # ==== the folder of a run
 
 
@@ -981,6 +898,89 @@ def load_state(folder, optimizers) -> dict:
     for name, optimizer in optimizers.items():
         optimizer.load([part[name] for part in parts])
     return numbers
+
+
+# ==== pictures
+
+COLOURS = ("#2f86d1", "#d9752b", "#2f9e5f", "#a868c9", "#b58a1f", "#d6506a")
+UNITS = {"kl": "nats per reply", "entropy": "nats per token", "length": "tokens"}
+STYLE = ("text{font:11px sans-serif;fill:#757d87}.grid{stroke:#757d87;opacity:.3}"
+         "@media(prefers-color-scheme:dark){text{fill:#8b949e}}")
+
+
+def ticks(low, high, count=5) -> list[float]:
+    """About count round numbers, 1, 2 or 5 times a power of ten apart, the ends at or beyond low
+    and high."""
+    if high <= low:
+        low, high = low - (abs(low) or 1), high + (abs(high) or 1)
+    power = 10.0 ** math.floor(math.log10((high - low) / count))
+    step = power * next(m for m in (1, 2, 5, 10) if m * power >= 0.999 * (high - low) / count)
+    first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
+    return [float(f"{step * i:.9g}") for i in range(first, last + 1)]
+
+
+def draw(title, series, x_label="", y_label="", limit=300) -> list[str]:
+    """SVG elements of a panel, its axes from (50, 26) to (336, 206); see `plot`."""
+    kinds = list(dict.fromkeys(x for xs, *_ in series.values() for x in xs if isinstance(x, str)))
+    drawn, points = [], {}
+    for k, (name, (xs, *ys)) in enumerate(series.items()):
+        shift = 0.09 * (k - (len(series) - 1) / 2)  # the points of a category side by side
+        xs = [kinds.index(x) + shift for x in xs] if kinds else xs
+        found = [p for p in zip(xs, ys[0], *(ys[1:] or ys * 2)) if all(map(math.isfinite, p))]
+        stride = max(1.0, (len(found) - 1) / max(1, limit - 1))  # the first and the last stay
+        points[name] = [found[round(i * stride)] for i in range(min(limit, len(found)))]
+    xs, _, lows, highs = zip(*sum(points.values(), []) or [(0, 0, 0, 0)])
+    x_ticks, y_ticks = ticks(min(xs), max(xs), 8), ticks(min(lows), max(highs))
+    left, right = (-0.5, len(kinds) - 0.5) if kinds else (x_ticks[0], x_ticks[-1])
+
+    def px(x):
+        return round(50 + 286 * (x - left) / (right - left), 1)
+
+    def py(y):
+        return round(206 - 180 * (y - y_ticks[0]) / (y_ticks[-1] - y_ticks[0]), 1)
+
+    def text(x, y, anchor, words):
+        drawn.append(f'<text x="{x}" y="{y}" text-anchor="{anchor}">{html.escape(words)}</text>')
+
+    text(50, 14, "start", title)
+    text(336, 14, "end", y_label)
+    text(336, 236, "end", x_label)
+    for tick in y_ticks:
+        drawn.append(f'<path class="grid" d="M50 {py(tick)}H336"/>')
+        text(44, py(tick) + 4, "end", f"{tick:g}")
+    for tick, word in enumerate(kinds) if kinds else ((t, f"{t:g}") for t in x_ticks):
+        text(px(tick), 221, "middle", word)
+    for k, (name, found) in enumerate(points.items()):
+        colour, width = COLOURS[k % len(COLOURS)], 1.6 if name or len(points) == 1 else 0.6
+        line = " ".join(f"{px(x)},{py(y)}" for x, y, *_ in found)
+        if not kinds:
+            drawn.append(f'<polyline points="{line}" fill="none" stroke="{colour}" '
+                         f'stroke-width="{width}"/>')
+        for x, y, low, high in found if len(series[name]) > 2 else ():
+            drawn.append(f'<path d="M{px(x)} {py(low)}V{py(high)}" stroke="{colour}"/>'
+                         f'<circle cx="{px(x)}" cy="{py(y)}" r="3" fill="{colour}"/>')
+        if name:
+            below = 236 + 15 * sum(map(bool, list(points)[:k]))
+            drawn.append(f'<circle cx="50" cy="{below - 4}" r="3" fill="{colour}"/>')
+            text(58, below, "start", name)
+    return drawn
+
+
+def plot(panels, path, across=3):
+    """Writes panels, each the arguments of `draw`, as an SVG with `across` in a row.
+
+    series {name: (xs, ys)} are lines; {name: (xs, ys, lows, highs)} have points with intervals too,
+    and no line if xs are texts. One named "" is not in the legend, and thin beside others. What is
+    not finite is left out; long series are thinned to 300 points, or what 3,500 leave to each.
+    No ground is painted, for the colours are read on a white page as on a black one."""
+    limit = min(300, 3500 // max(1, sum(len(p["series"]) for p in panels)))
+    height = 240 + 15 * max([sum(map(bool, p["series"])) for p in panels], default=0)
+    size = f"{360 * min(across, len(panels))} {height * -(-len(panels) // across)}"
+    parts = [f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {size}"><style>{STYLE}</style>']
+    for i, panel in enumerate(panels):
+        parts.append(f'<g transform="translate({360 * (i % across)} {height * (i // across)})">')
+        parts += [*draw(**panel, limit=limit), "</g>"]
+    write_atomically(path, lambda file: file.write("\n".join([*parts, "</svg>"]).encode()))
 
 
 # ==== the planner
