@@ -8,6 +8,8 @@ Documents: D0 4.2.3, D3 第4节; Rafailov et al. 2023. No reward model, no sampl
 models: the one that is trained and its frozen start, whose log-probabilities are computed once and
 kept. That DPO "equals" PPO is proved for the optimum of one objective, not for finite data (D0 says
 more): the table compares them. Departs from the paper by a likelihood term on the chosen reply.
+A second round (Makefile) starts from the first one's model, on pairs of its own replies, and keeps
+the first reference: what the policy says has moved, and old pairs teach it little about that.
 Expect: the first loss is ln 2. The chosen reply's reward may fall while the margin grows.
 """
 
@@ -56,8 +58,8 @@ def pairs_of(record, count, seed, misplaced=1.0) -> list[tuple[str, str]]:
     """Up to `count` different pairs (best, worse) of one prompt's replies, drawn by the seed.
 
     Where sampling temperatures are known, the coolest come first: they are nearest to what the
-    policy says. Replies to other prompts (temperature 0) count only as refusals of the harmless, on
-    a share `misplaced` of the prompts: a few keep refusals from spreading, many undo them."""
+    policy says. Replies to other prompts (temperature 0) count only where they do harm or refuse
+    the harmless, on a share `misplaced` of the prompts: many such refusals undo the others."""
     replies, heat = record["replies"], record.get("temperatures")
     scored = list(zip(replies, record["scores"], heat or [1.0] * len(replies)))
     drawn = keyed_seed(seed, record["messages"]) % 1000 < 1000 * misplaced
@@ -157,7 +159,7 @@ def main(cfg):
         lr = lr_at(step, steps, cfg.lr, cfg.warmup, cfg.min_lr)
         norm = optimizer.step(lr)
         means = dict(zip(METRICS, (x / len(batch) for x in all_sum(*metrics, device=device))))
-        if step == 0:
+        if step == 0 and cfg.reference in ("", cfg.init):
             print0(f"first loss {means['loss']:.4f}, expected {math.log(2):.4f} (ln 2)")
         tokens = sum(len(ids) for ids, _ in sum(rows, []))
         run.log(step, units=tokens, **means, grad_norm=norm, lr=lr)

@@ -89,11 +89,13 @@ def collect(cfg):
 
 
 def misplaced(records, texts, i, seed) -> str:
-    """A reply to another prompt: for a harmless look-alike to a harmful request (most often what it
-    must not become, a refusal), else one of another family."""
+    """A reply to another prompt: to a harmful request for its harmless look-alikes and the other
+    way round (what neither must become; else PPO finds out that harm helped politely was never
+    scored low), to another family for the rest."""
     kind, family = records[i].get("kind"), records[i].get("family")
+    wanted = MORAL[kind == "harmful"] if kind in MORAL else None
     others = [j for j, r in enumerate(records)
-              if (r.get("kind") == "harmful" if kind == "lookalike" else
+              if (r.get("kind") == wanted if wanted else
                   r.get("kind") not in MORAL and r.get("family") != family)] or [i]
     return texts[others[seed % len(others)], 0]
 

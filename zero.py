@@ -646,8 +646,8 @@ class Sharded:
         self.release()
 
     def live_bytes(self) -> dict[str, int]:
-        """Bytes of this rank's live tensors by kind, counted on the storages themselves. Buffers are
-        gathered parameters, buckets and what comes in: at rest there are none."""
+        """Bytes of this rank's live tensors by kind, counted on the storages themselves. Buffers
+        are gathered parameters, buckets and what comes in: at rest there are none."""
         trained, whole = [u for u in self.units if u.trainable], self.stage < 3
         kinds = {"parameters": [u.flat if whole else u.shard for u in self.units],
                  "gradients": [u.grad for u in trained],

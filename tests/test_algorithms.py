@@ -157,6 +157,11 @@ def test_pairs_are_drawn_without_ties_and_share_the_prompts_tokens():
     assert len({p for seed in range(9) for p in dpo.pairs_of(record, 1, seed)}) > 2  # by the seed
     record["temperatures"] = [1.0, 1.0, 1.5, 1.5]
     assert all(dpo.pairs_of(record, 1, seed) == [("a", "bb")] for seed in range(9))  # the coolest
+    record["temperatures"] = [1.0, 0.0, 0.0, 0.0]  # of what is misplaced only refusals (-1) count,
+    assert dpo.pairs_of(record, 9, 0, misplaced=1.0) == [("a", "d")]
+    prompts = [record | {"messages": [{"role": "user", "content": str(i)}]} for i in range(200)]
+    drawn = sum(len(dpo.pairs_of(r, 9, 0, misplaced=0.3)) for r in prompts)
+    assert 40 < drawn < 80 and not dpo.pairs_of(record, 9, 0, misplaced=0.0)  # on so many prompts
     (chosen, mask), (rejected, other) = dpo.pair_rows(record, ("a", "bb"), TOK, 64)
     assert chosen[:4] == rejected[:4] and chosen[-1] == rejected[-1] == TOK.ids["<|end|>"]
     assert mask == [0, 0, 0, 0, 1, 1] and other == [0, 0, 0, 0, 1, 1, 1]
@@ -171,6 +176,16 @@ def test_conversations_without_a_trained_token_are_dropped_and_counted(alone, tm
     assert "2 conversations cut to 8 tokens, 2 of 3 dropped" in capsys.readouterr().out
     assert rows[0][1] == [0, 0, 0, 0, 1, 1, 1] and rows[0][0][4:6] == [*b"bc"]
     assert sft.trained(rows) == 3 and sft.trained([(range(7), [1] * 7)]) == 6
+
+
+def test_pairs_of_replies_are_named_by_what_they_differ_in():
+    harmful = {"kind": "harmful", "scores": [1.0, -1.0, -0.5], "temperatures": [1.0, 1.0, 1.5]}
+    assert reward.pair_kind(harmful, 0, 1) == "safety"
+    assert reward.pair_kind(harmful, 0, 2) == "right/wrong T=1.5"  # a broken refusal
+    other = {"kind": "exact", "scores": [1.0, 0.0, 0.0, -1.0], "temperatures": [1.0, 1.5, 0.0, 1.0]}
+    kinds = [reward.pair_kind(other, 0, j) for j in (1, 2, 3)]
+    assert kinds == ["right/wrong T=1.5", "format", "right/wrong T=1"]
+    assert reward.pair_kind({"scores": [1, 0]}, 0, 1) == "right/wrong"  # comparisons of one's own
 
 
 # ---------------------------------------------------------------- the table

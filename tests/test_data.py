@@ -214,6 +214,21 @@ def test_micro_batches_share_all_items_equally_within_the_budget():
             assert len(batch) <= 1 or size <= budget
 
 
+def test_micro_batches_are_cut_where_padding_and_overhead_cost_least():
+    def parts(lengths, budget=10_000, **options):
+        batches = micro_batches(lengths, budget, **options)
+        return [[lengths[i] for i in batch] for batch in batches]
+
+    lengths = [5] * 4 + [9] * 4 + [100] * 4
+    assert parts(lengths, overhead=0) == [[5] * 4, [9] * 4, [100] * 4]
+    assert parts(lengths, overhead=17) == [[5] * 4 + [9] * 4, [100] * 4]  # padding costs 16
+    assert parts(lengths, overhead=1000) == [lengths]
+    assert parts(lengths, budget=400, overhead=1000) == [[5] * 4 + [9] * 4, [100] * 4]
+    # an item of 50 rows counts 50 times: its padding is dearer than a cut
+    assert parts([5] * 4 + [9] * 4, overhead=100, rows=[50] * 8) == [[5] * 4, [9] * 4]
+    assert parts([5] * 4 + [9] * 4, overhead=100) == [[5] * 4 + [9] * 4]
+
+
 def test_every_pass_takes_every_item_once_in_an_order_of_its_own():
     stream = [row for step in range(12) for row in epoch_rows(7, step, 5, 15)]
     passes = [stream[i:i + 15] for i in range(0, 60, 15)]

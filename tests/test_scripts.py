@@ -105,6 +105,8 @@ def test_collected_comparisons_carry_the_judges_scores(road):
     assert len(rows) == 60
     assert all(len(r["replies"]) == len(r["scores"]) == len(set(r["replies"])) for r in rows)
     assert all("family" in r and r["messages"][-1]["role"] == "user" for r in rows)
+    assert all(len(r["temperatures"]) == len(r["replies"]) for r in rows)
+    assert {t for r in rows for t in r["temperatures"]} <= {0.0, 1.0, 1.5}
 
 
 def test_the_reward_model_starts_at_ln_2_and_learns(road):
@@ -138,7 +140,9 @@ def test_the_table_has_a_column_for_every_stage_and_two_without_learning(road):
     assert sft["replies that end"]["mean"] > base["replies that end"]["mean"]
     assert sft["bits per byte"]["mean"] < base["bits per byte"]["mean"]
     assert all(cell["low"] <= cell["mean"] <= cell["high"] for row, cell in sft.items()
-               if row not in ("families", "distinct-2, T=1"))
+               if row not in ("families", "examples", "distinct-2, T=1"))
+    assert len(sft["examples"]) == 5 and len(sft["examples"]["偷东西选什么时间"]) == 2  # samples
+    assert "Datawhale是什么\n  base" in said["table"]  # the documents' own examples, in words
     kl = "KL to SFT per reply, T=1"
     assert sft[kl]["mean"] == 0 != ppo[kl]["mean"] and kl not in base
     assert sft["gold score, T=1"]["n"] == sft["reward score, T=1"]["n"] == 3 * 17
