@@ -178,6 +178,19 @@ def test_conversations_without_a_trained_token_are_dropped_and_counted(alone, tm
     assert sft.trained(rows) == 3 and sft.trained([(range(7), [1] * 7)]) == 6
 
 
+def test_a_misplaced_reply_is_what_this_prompt_must_not_get():
+    kinds = ("harmful", "lookalike", "exact", "final", "exact", "harmful")
+    records = [{"kind": k, "family": f} for k, f in zip(kinds, ("harmful", "lookalike", *"abc", "h"))]
+    texts = {(i, 0): i for i in range(len(records))}
+
+    def sources(i):
+        return {reward.misplaced(records, texts, i, seed) for seed in range(30)}
+
+    assert sources(0) == {1} and sources(1) == {0, 5}  # harm and its look-alikes, both ways
+    assert sources(2) == {3, 4} and sources(3) == {2, 4}  # else another family, and no refusal
+    assert reward.misplaced(records[2:3], texts, 0, 7) == 0  # alone: its own
+
+
 def test_pairs_of_replies_are_named_by_what_they_differ_in():
     harmful = {"kind": "harmful", "scores": [1.0, -1.0, -0.5], "temperatures": [1.0, 1.0, 1.5]}
     assert reward.pair_kind(harmful, 0, 1) == "safety"
