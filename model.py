@@ -85,6 +85,28 @@ PRESETS = {
 # ==== the layers
 
 
+class Normalize(torch.autograd.Function):
+    """x / rms(x) · weight for x (..., C); by hand, since autograd's backward makes twice the passes
+    over the data."""
+
+    @staticmethod
+    def forward(ctx, x, weight, eps):
+        norm = torch.linalg.vector_norm(widen(x), dim=-1, keepdim=True)
+        scale = torch.rsqrt(norm * norm / x.shape[-1] + eps)  # 1 / rms(x), (..., 1)
+        unit = (x * scale).to(x.dtype)
+        ctx.save_for_backward(unit, scale, weight)
+        return unit * weight
+
+    @staticmethod
+    def backward(ctx, grad):
+        # dx = (g·w - u · mean(g·w·u)) / rms(x): u has a fixed length, so what lies along it is lost
+        unit, scale, weight = ctx.saved_tensors
+        product = grad * unit
+        along = (product @ weight)[..., None] / -unit.shape[-1]
+        grad_x = torch.addcmul(grad * weight, unit, along) * scale.to(unit.dtype)
+        return grad_x, product.flatten(0, -2).sum(0), None
+
+
 class RMSNorm(nn.Module):
     """x / rms(x) · weight (Zhang & Sennrich 2019); the mean is taken in fp32 whatever the dtype."""
 
@@ -94,9 +116,7 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x):
-        wide = x.float() if x.dtype != torch.float64 else x
-        wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.eps)
-        return wide.to(x.dtype) * self.weight
+        return Normalize.apply(x, self.weight, self.eps)
 
 
 def rope_table(config: ModelConfig) -> tuple[torch.Tensor, torch.Tensor]:
@@ -284,35 +304,41 @@ class Decoder(nn.Module):
 
 
 class TargetLogprobs(torch.autograd.Function):
-    """log softmax(hidden · weightᵀ)[target] for N rows in chunks: (N, V) never exists as a whole.
+    """log softmax(hidden · weightᵀ)[target] for N rows, in chunks: no more than KEPT of the N·V
+    logits are ever alive. If there are more, backward computes each chunk's a second time.
 
-    hidden (N, C), weight (V, C), targets (N,) → (N,) in fp32. Backward recomputes each chunk's
-    logits: the gradient of log p_target by the logits is onehot - softmax.
+    hidden (N, C), weight (V, C), targets (N,) → (N,) in fp32. The gradient of log p_target by the
+    logits is onehot - softmax.
     """
 
-    LOGITS, ROWS = 1 << 21, 256  # logits alive at a time; or of that many rows if those are more
+    KEPT, CHUNK, ROWS = 1 << 24, 1 << 22, 256  # logits; a chunk has at least so many rows
 
     @staticmethod
     def forward(ctx, hidden, weight, targets):
-        ctx.save_for_backward(hidden, weight, targets)
-        ctx.rows = max(TargetLogprobs.ROWS, TargetLogprobs.LOGITS // len(weight))
-        chunks = zip(hidden.split(ctx.rows), targets.split(ctx.rows))
-        return torch.cat([widen(h @ weight.T).log_softmax(-1).gather(1, t[:, None])[:, 0]
-                          for h, t in chunks])
+        ctx.rows = max(TargetLogprobs.ROWS, TargetLogprobs.CHUNK // len(weight))
+        chunks, found = [], []
+        for h, t in zip(hidden.split(ctx.rows), targets.split(ctx.rows)):
+            logits = h @ weight.T
+            found.append(widen(logits).log_softmax(-1).gather(1, t[:, None])[:, 0])
+            if len(hidden) * len(weight) <= TargetLogprobs.KEPT:
+                chunks.append(logits)
+        found = torch.cat(found)
+        ctx.save_for_backward(hidden, weight, targets, found, *chunks)
+        return found
 
     @staticmethod
     def backward(ctx, grad):
-        hidden, weight, targets = ctx.saved_tensors
+        hidden, weight, targets, found, *chunks = ctx.saved_tensors
         grad_hidden = torch.empty_like(hidden)
         grad_weight = torch.zeros_like(weight, dtype=grad.dtype)
-        for start in range(0, len(hidden), ctx.rows):
+        for i, start in enumerate(range(0, len(hidden), ctx.rows)):
             part = slice(start, start + ctx.rows)
-            h, t, g = hidden[part], targets[part], grad[part]
-            error = widen(h @ weight.T).softmax(-1).mul_(-g[:, None])  # -g · softmax
-            error[torch.arange(len(t), device=t.device), t] += g
-            error = error.to(weight.dtype)
-            grad_hidden[part] = error @ weight
-            grad_weight += error.T @ h
+            h, t, g = hidden[part], targets[part, None], -grad[part, None].to(hidden.dtype)
+            error = (chunks[i] if chunks else h @ weight.T).softmax(-1)
+            # p - 1 of the target, from fp32: in 16 bits it would be 0 where p is nearly 1
+            error.scatter_(1, t, found[part, None].expm1().to(error.dtype))
+            grad_hidden[part] = (error @ weight).mul_(g)
+            grad_weight += error.T @ (h * g)
         return grad_hidden, grad_weight.to(weight.dtype), None
 
 

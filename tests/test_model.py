@@ -143,9 +143,11 @@ def test_checkpointing_gives_the_same_gradients_and_saves_fewer_bytes(frozen):
 # ---------------------------------------------------------------------- log-probabilities, heads
 
 
-@pytest.mark.parametrize("logits", [15, 35, 9999])  # 3, 7, all of 7 rows: two boundaries, none
-def test_target_logprobs_are_log_softmax_and_gather_in_value_and_gradient(monkeypatch, logits):
-    monkeypatch.setattr(m.TargetLogprobs, "LOGITS", logits)
+@pytest.mark.parametrize("kept", [0, 35])
+@pytest.mark.parametrize("chunk", [15, 35, 9999])  # 3, 7, all of 7 rows: two boundaries, none
+def test_target_logprobs_are_log_softmax_and_gather_in_value_and_gradient(monkeypatch, chunk, kept):
+    monkeypatch.setattr(m.TargetLogprobs, "CHUNK", chunk)
+    monkeypatch.setattr(m.TargetLogprobs, "KEPT", kept)
     monkeypatch.setattr(m.TargetLogprobs, "ROWS", 1)
     torch.manual_seed(0)
     hidden = torch.randn(7, 4, dtype=torch.float64, requires_grad=True)
@@ -158,6 +160,36 @@ def test_target_logprobs_are_log_softmax_and_gather_in_value_and_gradient(monkey
     up = torch.randn(7, dtype=torch.float64)
     grads = [torch.autograd.grad(y, (hidden, weight), up) for y in (ours, expected)]
     close(*grads, 1e-12)
+
+
+def test_the_head_keeps_few_logits_and_computes_many_again(monkeypatch):
+    def kept():
+        bytes_ = []
+        net, x = build(), ids(2, 6)
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: bytes_.append(t.nbytes), lambda t: t):
+            net.lm_head(torch.zeros(2, 6, net.config.hidden_size), x)
+        return sum(bytes_), 12 * net.config.vocab_size * 4
+    few, logits = kept()
+    monkeypatch.setattr(m.TargetLogprobs, "KEPT", 0)
+    assert few - kept()[0] == logits
+
+
+def test_a_gradient_is_exact_where_a_16_bit_model_is_sure():
+    """p - 1 in bf16 would be 0 from p = 0.998 on."""
+    hidden, weight = torch.ones(1, 1), torch.tensor([[7.0], [0.0]])
+    exact, short = (torch.autograd.functional.jacobian(
+        lambda h: m.TargetLogprobs.apply(h, weight.to(h.dtype), torch.tensor([0])).sum(), hidden.to(t))
+        for t in (torch.float64, torch.bfloat16))
+    assert exact.item() > 0.006 and abs(short.item() / exact.item() - 1) < 0.01
+
+
+def test_rms_norm_has_the_gradient_of_its_formula():
+    norm = m.RMSNorm(5, 1e-3).double()
+    torch.nn.init.normal_(norm.weight)
+    x = torch.randn(2, 3, 5, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(m.Normalize.apply, (x, norm.weight, 1e-3))
+    expected = x / (x.square().mean(-1, keepdim=True) + 1e-3).sqrt() * norm.weight
+    close(norm(x), expected, 1e-12)
 
 
 def test_ignored_targets_give_zero_and_no_gradient():
