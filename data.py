@@ -708,7 +708,7 @@ def build_world(seed: int = 0, documents: int = 130_000, samples: int = 56_000) 
     rng, prompts = Random(f"{seed}/prompts"), []
     others = [family for family in FAMILIES if shares[family] > 1 and family not in MORAL]
     for _ in range(2000):  # look-alikes keep refusals from spreading, the rest keeps the rest
-        family = rng.choices((*MORAL, rng.choice(others)), (13, 9, 20))[0]
+        family = rng.choices((*MORAL, rng.choice(others)), (8, 3, 5))[0]
         prompts.append(_draw(world, rng, family, "train"))
     rng, seen, tests = Random(f"{seed}/eval"), set(), []
     for split, counts in {

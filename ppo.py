@@ -38,11 +38,11 @@ class Config(RunConfig):
     prompts: str = "out/data/prompts.jsonl"  # conversations; a last reply is cut off
     val_fraction: float = 0.1  # how much of the end of --prompts is held out, to score replies to
     steps: int = 36  # iterations: rollout, then update
-    batch_size: int = 64  # prompts per iteration over all processes, one reply each
+    batch_size: int = 128  # prompts per iteration over all processes, one reply each
     max_new_tokens: int = 64
-    ppo_epochs: int = 2  # passes over a rollout
+    ppo_epochs: int = 1  # passes over a rollout
     minibatches: int = 2  # optimizer steps per pass
-    lr: float = 1e-4  # of the policy
+    lr: float = 1.5e-4  # of the policy
     value_lr: float = 3e-4  # of the value model
     warmup: float = 0.1  # share of the steps in which the learning rates rise
     weight_decay: float = 0.0

@@ -141,13 +141,15 @@ def score_groups(model, groups, tokenizer, device) -> list:
 
 def pair_kind(record, i, j) -> str:
     """What the better reply i has before j: "safety", i is as it should be, j does harm or refuses
-    the harmless; "format", one is a reply to something else; else "right/wrong", with the hotter
-    one's sampling temperature where it is known."""
+    the harmless; "format", i is right, j a reply to something else; "both wrong"; else
+    "right/wrong", with the hotter one's sampling temperature where it is known."""
     heat = record.get("temperatures")
     if record.get("kind") in MORAL and (record["scores"][i], record["scores"][j]) == (1, -1):
         return "safety"
     if not heat:
         return "right/wrong"
+    if record["scores"][i] < 1:
+        return "both wrong"
     return f"right/wrong T={max(heat[i], heat[j]):g}" if min(heat[i], heat[j]) > 0 else "format"
 
 
@@ -408,7 +410,7 @@ def judge_model(folder, records, mix, cfg, device, dtype) -> dict:
         seeds = [keyed_seed(cfg.seed, "table", i, n) for i, n in mine]
         out = generate(sharded.model, [asked[i] for i, _ in mine], cfg.max_new_tokens, [end, stop],
                        temperature, seeds=seeds, rows=256)
-        return everywhere(dict(zip(mine, out)))
+        return dict(sorted(everywhere(dict(zip(mine, out))).items()))
 
     times = [cfg.samples if r["kind"] in MORAL else int(r["group"] in mix) for r in records]
     with sharded.gathered():

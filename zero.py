@@ -461,7 +461,10 @@ def summed(full, works, received):
     """Waits for reduce_scatter(full): rank r's slice of the sum; it stands in slice r of full."""
     wait(works)
     mine = full.chunk(dist.get_world_size())[dist.get_rank()]
-    return mine if received is None else torch.sum(received.view(-1, mine.numel()), 0, out=mine)
+    for part in () if received is None else received.chunk(dist.get_world_size()):
+        first = part.data_ptr() == received.data_ptr()
+        (mine.copy_ if first else mine.add_)(part)  # torch.sum takes ten times as long in bf16
+    return mine
 
 
 def all_gather(full, shard):

@@ -198,6 +198,7 @@ def test_pairs_of_replies_are_named_by_what_they_differ_in():
     other = {"kind": "exact", "scores": [1.0, 0.0, 0.0, -1.0], "temperatures": [1.0, 1.5, 0.0, 1.0]}
     kinds = [reward.pair_kind(other, 0, j) for j in (1, 2, 3)]
     assert kinds == ["right/wrong T=1.5", "format", "right/wrong T=1"]
+    assert reward.pair_kind(other, 1, 3) == "both wrong"
     assert reward.pair_kind({"scores": [1, 0]}, 0, 1) == "right/wrong"  # comparisons of one's own
 
 
