@@ -34,13 +34,13 @@ class Config(RunConfig):
     data: str = "out/comparisons.jsonl"  # chosen/rejected, ranked lists, or from reward.py collect
     val_fraction: float = 0.1  # how much of the end of --data is held out
     beta: float = 0.2  # weight of staying near the reference; smaller moves further
-    nll_coef: float = 0.2  # weight of the chosen reply's likelihood per token; 0 is the paper
+    nll_coef: float = 5.0  # weight of the chosen reply's likelihood per token; 0 is the paper
     pairs: int = 1  # pairs taken from one prompt's ranked replies
     misplaced: float = 0.2  # share of the prompts whose reply from another prompt makes a pair
     context: int = 256  # longest prompt + reply; the prompt loses its start first
     epochs: float = 2.0  # passes over the pairs
     batch_size: int = 16  # pairs per optimizer step over all processes
-    lr: float = 5e-5  # peak learning rate, after warmup: far below SFT's, or the model is ruined
+    lr: float = 1e-4  # peak learning rate, after warmup: far below SFT's, or the model is ruined
     steps: int = 0  # optimizer steps; 0: as many as --epochs makes
 
 

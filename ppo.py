@@ -37,7 +37,7 @@ class Config(RunConfig):
     out: str = "out/ppo"  # folder of this run
     prompts: str = "out/data/prompts.jsonl"  # conversations; a last reply is cut off
     val_fraction: float = 0.1  # how much of the end of --prompts is held out, to score replies to
-    steps: int = 36  # iterations: rollout, then update
+    steps: int = 48  # iterations: rollout, then update
     batch_size: int = 128  # prompts per iteration over all processes, one reply each
     max_new_tokens: int = 64
     ppo_epochs: int = 1  # passes over a rollout
