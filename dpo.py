@@ -7,7 +7,8 @@
 Documents: D0 4.2.3, D3 第4节; Rafailov et al. 2023. No reward model, no sampling, two language
 models: the one that is trained and its frozen start, whose log-probabilities are computed once and
 kept. That DPO "equals" PPO is proved for the optimum of one objective, not for finite data (D0 says
-more): the table compares them. Departs from the paper by a likelihood term on the chosen reply.
+more): the table compares them. Departs from the paper by a likelihood term on the chosen reply:
+the end token stands behind rejected replies too, and without the term it becomes unlikely.
 A second round (Makefile) starts from the first one's model, on pairs of its own replies, and keeps
 the first reference: what the policy says has moved, and old pairs teach it little about that.
 Expect: the first loss is ln 2. The chosen reply's reward may fall while the margin grows.

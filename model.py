@@ -91,7 +91,8 @@ class Normalize(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, weight, eps):
-        norm = torch.linalg.vector_norm(widen(x), dim=-1, keepdim=True)
+        wide = torch.promote_types(x.dtype, torch.float32)
+        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=wide)
         scale = torch.rsqrt(norm * norm / x.shape[-1] + eps)  # 1 / rms(x), (..., 1)
         unit = (x * scale).to(x.dtype)
         ctx.save_for_backward(unit, scale, weight)
@@ -227,8 +228,9 @@ class Attention(nn.Module):
         k = rotate(k.transpose(1, 2), cos, sin)
         if cache is not None:
             k, v = cache.append(layer, k, v)
-        # up to 256 tokens the fused kernel is slower on a CPU, its backward in bf16 by a factor
-        plain = q.device.type == "cpu" and T <= 256
+        # up to 256 tokens the fused kernel is slower on a CPU (its backward in bf16 by a factor),
+        # but for a single token
+        plain = q.device.type == "cpu" and 1 < B * T and T <= 256
         y = (attention_formula if plain else attention_fused)(q, k, v, mask)  # (B, H, T, D)
         return self.o_proj(y.transpose(1, 2).reshape(B, T, -1))
 
