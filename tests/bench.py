@@ -36,7 +36,7 @@ CHAR = ModelConfig(65, 128, 352, 4, 4, 4, max_position_embeddings=64)  # nanoGPT
 # name: model, rows, tokens per row
 SHAPES = {"tiny": (PRESETS["tiny"], 16, 128), "small": (PRESETS["small"], 16, 256), "char": (CHAR, 12, 64)}
 # what the scripts ask of a tokenizer; no sample is ever -1, so that all replies have their full length
-TOKENIZER = SimpleNamespace(ids={"<|pad|>": 0, "<|reward|>": 1, "<|end|>": -1})
+TOKENIZER = SimpleNamespace(ids={"<|pad|>": 0, "<|reward|>": 1, "<|end|>": -1, "<|endoftext|>": -1})
 
 
 def layer_products(c):
@@ -134,7 +134,7 @@ def later_steps(c, dtype):
                 optimizer.backward(loss(optimizer.model, part))
             optimizer.step(1e-5)
         return run
-    by_row, by_pair = (micro_batches([256] * 8, cfg.micro_tokens, rows=n) for n in (1, 2))
+    by_row, by_pair = (micro_batches([256] * 8, cfg.micro_tokens, rows=[n] * 8) for n in (1, 2))
     cached = reference(range(8))
     return {"SFT": (step(CausalLM, by_row, sft_loss), 2048),
             "reward model": (step(ScalarModel, by_pair, reward_loss), 4096),
