@@ -70,14 +70,14 @@ def collect(cfg):
     if dist.get_rank() > 0:
         return
     texts = {key: tokenizer.decode(ids) for key, ids in everyone.items()}
-    rows, pairs = [], 0
+    rows, pairs, pools = [], 0, {}
     for i, record in enumerate(records):
         scored = {}  # text: (score, temperature)
         for n, heat in sorted(enumerate(heats), key=lambda item: item[1]):
             if everyone[i, n][-1] == ends[0]:  # what was cut off is no reply
                 scored.setdefault(texts[i, n], (gold_score(record, texts[i, n]), heat))
         for k in range(cfg.foreign):
-            other = misplaced(records, texts, i, keyed_seed(cfg.seed, "foreign", i, k))
+            other = misplaced(records, texts, i, keyed_seed(cfg.seed, "foreign", i, k), pools)
             scored.setdefault(other, (gold_score(record, other), 0.0))
         scores, temperatures = zip(*scored.values() or [((), ())])
         pairs += sum(a > b for a in scores for b in scores)
@@ -88,15 +88,17 @@ def collect(cfg):
     print0(f"{cfg.out}: {len(rows)} prompts, {replies} different replies, {pairs} preferences")
 
 
-def misplaced(records, texts, i, seed) -> str:
+def misplaced(records, texts, i, seed, pools) -> str:
     """A reply to another prompt: to a harmful request for its harmless look-alikes and the other
     way round (what neither must become; else PPO finds out that harm helped politely was never
-    scored low), to another family for the rest."""
+    scored low), to another family for the rest. pools: a dict that keeps who replies to whom."""
     kind, family = records[i].get("kind"), records[i].get("family")
-    wanted = MORAL[kind == "harmful"] if kind in MORAL else None
-    others = [j for j, r in enumerate(records)
-              if (r.get("kind") == wanted if wanted else
-                  r.get("kind") not in MORAL and r.get("family") != family)] or [i]
+    key = (MORAL[kind == "harmful"], None) if kind in MORAL else (None, family)
+    if key not in pools:
+        pools[key] = [j for j, r in enumerate(records)
+                      if (r.get("kind") == key[0] if key[0] else
+                          r.get("kind") not in MORAL and r.get("family") != family)]
+    others = pools[key] or [i]
     return texts[others[seed % len(others)], 0]
 
 

@@ -387,7 +387,7 @@ class Run:
         if last or time.time() - self.printed > (0.2 if self.tty else self.cfg.log_every):
             left = int(elapsed / (step + 1 - self.first) * (self.steps - step - 1))
             shown = "  ".join(f"{k} {v:.4g}" for k, v in metrics.items())
-            line = (f"step {step + 1}/{self.steps}  {left // 60}:{left % 60:02d} left  "
+            line = (f"{self.out.name} {step + 1}/{self.steps}  {left // 60}:{left % 60:02d} left  "
                     f"{self.units / elapsed:,.0f} tokens/s  {shown}")
             if self.tty and not last:  # in place: a line that wraps could not be written over
                 line = line[: shutil.get_terminal_size().columns - 1]

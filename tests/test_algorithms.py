@@ -184,11 +184,11 @@ def test_a_misplaced_reply_is_what_this_prompt_must_not_get():
     texts = {(i, 0): i for i in range(len(records))}
 
     def sources(i):
-        return {reward.misplaced(records, texts, i, seed) for seed in range(30)}
+        return {reward.misplaced(records, texts, i, seed, {}) for seed in range(30)}
 
     assert sources(0) == {1} and sources(1) == {0, 5}  # harm and its look-alikes, both ways
     assert sources(2) == {3, 4} and sources(3) == {2, 4}  # else another family, and no refusal
-    assert reward.misplaced(records[2:3], texts, 0, 7) == 0  # alone: its own
+    assert reward.misplaced(records[2:3], texts, 0, 7, {}) == 0  # alone: its own
 
 
 def test_pairs_of_replies_are_named_by_what_they_differ_in():

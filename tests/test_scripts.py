@@ -71,7 +71,7 @@ def road(tmp_path_factory):
         f"--prompts {data}/prompts.jsonl --out {out}/comparisons.jsonl")
     said["reward"] = run(f"reward.py --zero 3 --offload {flags} --steps 12 --lr 1e-3 --init {out}/sft",
                          f"--data {out}/comparisons.jsonl --out {out}/reward")
-    said["dpo"] = run(f"dpo.py --zero 1 {flags} --steps 6 --lr 1e-3 --init {out}/sft",
+    said["dpo"] = run(f"dpo.py --zero 1 {flags} --steps 6 --lr 1e-3 --nll-coef 0.2 --init {out}/sft",
                       f"--data {out}/comparisons.jsonl --out {out}/dpo")
     said["ppo"] = run(f"ppo.py --zero 3 --offload {flags} --steps 3 --batch-size 16 --max-new-tokens 12",
                       f"--init {out}/sft --reward {out}/reward --prompts {data}/prompts.jsonl",
