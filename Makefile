@@ -64,7 +64,8 @@ $(OUT)/reward/eval.json: $(OUT)/comparisons.jsonl
 $(OUT)/ppo/eval.json: $(OUT)/reward/eval.json
 	$(LAUNCH) ppo.py $(FLAGS) --threads 1 --init $(OUT)/sft --reward $(OUT)/reward --prompts $(OUT)/data/prompts.jsonl --out $(OUT)/ppo
 
-# two rounds of DPO, the second on what the first replies; the reference stays SFT
+# Two rounds of DPO, the second on what the first replies; the reference stays SFT. It needs no reward
+# model and waits for it only so as not to take a core from its training.
 $(OUT)/dpo-1/eval.json: $(OUT)/comparisons.jsonl | $(OUT)/reward/eval.json
 	$(LAUNCH) dpo.py $(FLAGS) --threads 1 --init $(OUT)/sft --data $< --out $(OUT)/dpo-1
 

@@ -285,7 +285,8 @@ class Decoder(nn.Module):
         x = self.embed_tokens(input_ids)  # (B, T, C)
         place = (x.device, x.dtype)
         if place not in self.tables:
-            self.tables[place] = tuple(t.to(*place) for t in rope_table(self.config))
+            with torch.inference_mode(False):  # made in generation, they still serve training
+                self.tables[place] = tuple(t.to(*place) for t in rope_table(self.config))
         cos, sin = self.tables[place]
         if cache is None:
             cos, sin = cos[:T], sin[:T]  # (T, D)
@@ -429,7 +430,7 @@ def token_logprobs(model: CausalLM, input_ids, targets):
 # ==== generation
 
 
-@torch.no_grad()
+@torch.inference_mode()
 def generate_steps(model, prompts, max_new_tokens, end_id, temperature=1.0, top_p=1.0, seeds=None,
                    use_cache=True):
     """Yields (rows, tokens) after every decoding step: which prompts got a token, and which.

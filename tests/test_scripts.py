@@ -21,7 +21,7 @@ import pretrain
 import reward
 import sft
 import zero
-from model import ScalarModel, load_model
+from model import ModelConfig, ScalarModel, load_model
 
 ROOT = Path(__file__).parent.parent
 TINY = ("--hidden-size 32 --intermediate-size 64 --num-hidden-layers 2 --num-attention-heads 2 "
@@ -256,3 +256,19 @@ def test_bad_input_ends_with_one_line_that_names_it(road, tmp_path, line, expect
     line = line.format(tmp=tmp_path, road=road[0])
     said = run(line, f"--out {tmp_path}/out", processes=1, fails=True)
     assert expected in said and "Traceback" not in said, said
+
+
+def test_what_the_benchmark_times_still_runs(alone):
+    """Nothing else calls its loops: an argument that changes here would be noticed by no one."""
+    import bench
+
+    config = ModelConfig(64, 16, 32, 1, 2, 1)
+    for step, tokens in bench.later_steps(config, torch.float32).values():
+        step()
+        assert tokens in (2048, 4096)
+    for phase in bench.ppo_phases(config, torch.float32):
+        phase()
+    for build in (bench.training_step, lambda *args: bench.bare_step(*args)[0]):
+        build(config, 2, 8, torch.float32)()
+    for build in (bench.decoding, bench.bare_decoding):
+        build(config, 2, 4, 3, torch.float32)()
