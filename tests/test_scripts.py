@@ -169,7 +169,8 @@ def test_one_process_trains_what_two_train(road):
                 f"--data {out}/data/corpus.jsonl --tokenizer {out}/data",
         "sft": f"sft.py --steps 60 --lr 6e-3 --data {out}/data/short.jsonl --init {out}/base",
         "reward": f"reward.py --steps 12 --lr 1e-3 --init {out}/sft --data {out}/comparisons.jsonl",
-        "dpo": f"dpo.py --steps 6 --lr 1e-3 --init {out}/sft --data {out}/comparisons.jsonl",
+        "dpo": f"dpo.py --steps 6 --lr 1e-3 --nll-coef 0.2 --init {out}/sft "
+               f"--data {out}/comparisons.jsonl",
     }.items():
         folder = out / f"{stage}-alone"
         run(f"{line} --dtype fp32 --micro-tokens 700 --threads 1 --out {folder}", processes=1)
