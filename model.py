@@ -85,16 +85,20 @@ PRESETS = {
 # ==== the layers
 
 
+def normalized(x, eps):
+    """x / rms(x) for x (..., C), and 1 / rms(x) (..., 1), in fp32 whatever the dtype."""
+    wide = torch.promote_types(x.dtype, torch.float32)
+    norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=wide)
+    scale = torch.rsqrt(norm * norm * (1 / x.shape[-1]) + eps)
+    return (x * scale).to(x.dtype), scale
+
+
 class Normalize(torch.autograd.Function):
-    """x / rms(x) · weight for x (..., C); by hand, since autograd's backward makes twice the passes
-    over the data."""
+    """x / rms(x) · weight; by hand, since autograd's backward makes twice the passes over x."""
 
     @staticmethod
     def forward(ctx, x, weight, eps):
-        wide = torch.promote_types(x.dtype, torch.float32)
-        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=wide)
-        scale = torch.rsqrt(norm * norm / x.shape[-1] + eps)  # 1 / rms(x), (..., 1)
-        unit = (x * scale).to(x.dtype)
+        unit, scale = normalized(x, eps)
         ctx.save_for_backward(unit, scale, weight)
         return unit * weight
 
@@ -109,7 +113,7 @@ class Normalize(torch.autograd.Function):
 
 
 class RMSNorm(nn.Module):
-    """x / rms(x) · weight (Zhang & Sennrich 2019); the mean is taken in fp32 whatever the dtype."""
+    """x / rms(x) · weight (Zhang & Sennrich 2019)."""
 
     def __init__(self, size: int, eps: float):
         super().__init__()
@@ -117,7 +121,9 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x):
-        return Normalize.apply(x, self.weight, self.eps)
+        if torch.is_grad_enabled():
+            return Normalize.apply(x, self.weight, self.eps)
+        return normalized(x, self.eps)[0] * self.weight  # a decoding step is short: apply() counts
 
 
 def rope_table(config: ModelConfig) -> tuple[torch.Tensor, torch.Tensor]:
@@ -132,8 +138,21 @@ def rope_table(config: ModelConfig) -> tuple[torch.Tensor, torch.Tensor]:
 def rotate(x, cos, sin):
     """Turns each pair (x_i, x_{i+D/2}) of x (B, H, T, D): Hugging Face's layout, halves and not
     neighbours. cos, sin (T, D) or (B, 1, T, D); sin is negative in the first half."""
-    first, second = x.chunk(2, dim=-1)
-    return torch.addcmul(x * cos, torch.cat([second, first], dim=-1), sin)
+    return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), sin)
+
+
+class Rotate(torch.autograd.Function):
+    """The gradient of a rotation turns back: half of the passes that autograd makes."""
+
+    @staticmethod
+    def forward(ctx, x, cos, sin):
+        ctx.save_for_backward(cos, sin)
+        return rotate(x, cos, sin)
+
+    @staticmethod
+    def backward(ctx, grad):
+        cos, sin = ctx.saved_tensors
+        return rotate(grad, cos, -sin), None, None
 
 
 def attention_formula(q, k, v, mask):
@@ -170,34 +189,36 @@ class KVCache:
 
     def __init__(self, c: ModelConfig, pad, device, dtype):
         """pad (B,): the number of empty columns in front of each row."""
-        shape = (c.num_hidden_layers, len(pad), c.num_key_value_heads, 0, c.head_dim)
-        self.k = torch.empty(shape, device=device, dtype=dtype)
-        self.v, self.pad, self.used = self.k, pad.to(device), 0
-        self.last = c.max_position_embeddings - 1
+        shape = (len(pad), c.num_key_value_heads, 0, c.head_dim)
+        empty = torch.empty(shape, device=device, dtype=dtype)
+        self.k, self.v = ([empty] * c.num_hidden_layers for _ in range(2))
+        self.pad, self.used, self.last = pad.to(device), 0, c.max_position_embeddings - 1
 
     def advance(self, T: int):
         """Makes room for T columns; returns their positions (B, T) and their mask (B, 1, T, S)."""
-        columns = torch.arange(self.used, self.used + T, device=self.pad.device)
         self.used += T
-        missing = -(-self.used // self.BLOCK) * self.BLOCK - self.k.shape[3]
-        if missing > 0:
-            self.k, self.v = (F.pad(x, (0, 0, 0, missing)) for x in (self.k, self.v))
-        keys = torch.arange(self.k.shape[3], device=self.pad.device)
+        self.size = -(-self.used // self.BLOCK) * self.BLOCK
+        keys = torch.arange(self.size, device=self.pad.device)
+        columns = keys[self.used - T : self.used]
         seen = (keys <= columns[:, None]) & (keys >= self.pad[:, None, None])  # (B, T, S)
         seen |= keys == columns[:, None]  # padding sees itself: a softmax over nothing is NaN
-        mask = torch.zeros(seen.shape, dtype=self.k.dtype, device=self.k.device)
+        mask = torch.zeros(seen.shape, dtype=self.k[0].dtype, device=self.pad.device)
         positions = (columns - self.pad[:, None]).clamp(0, self.last)
         return positions, mask.masked_fill_(~seen, -torch.inf)[:, None]
 
     def append(self, layer: int, k, v):
         """Stores k, v (B, K, T, D) in the newest columns; returns all k and v."""
-        self.k[layer, :, :, self.used - k.shape[2] : self.used] = k
-        self.v[layer, :, :, self.used - k.shape[2] : self.used] = v
+        for cache, new in (self.k, k), (self.v, v):
+            missing = self.size - cache[layer].shape[2]
+            if missing > 0:
+                cache[layer] = F.pad(cache[layer], (0, 0, 0, missing))
+            cache[layer][:, :, self.used - new.shape[2] : self.used] = new
         return self.k[layer], self.v[layer]
 
     def keep(self, rows):
         """Drops every row not in `rows` (a LongTensor)."""
-        self.k, self.v, self.pad = self.k[:, rows], self.v[:, rows], self.pad[rows]
+        self.k, self.v = ([layer[rows] for layer in cache] for cache in (self.k, self.v))
+        self.pad = self.pad[rows]
 
 
 class Attention(nn.Module):
@@ -224,8 +245,8 @@ class Attention(nn.Module):
         v = self.v_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, K, T, D)
         if hasattr(self, "q_norm"):
             q, k = self.q_norm(q), self.k_norm(k)
-        q = rotate(q.transpose(1, 2), cos, sin)
-        k = rotate(k.transpose(1, 2), cos, sin)
+        turn = Rotate.apply if torch.is_grad_enabled() else rotate
+        q, k = turn(q.transpose(1, 2), cos, sin), turn(k.transpose(1, 2), cos, sin)
         if cache is not None:
             k, v = cache.append(layer, k, v)
         # up to 256 tokens the fused kernel is slower on a CPU (its backward in bf16 by a factor),
@@ -336,10 +357,10 @@ class TargetLogprobs(torch.autograd.Function):
         grad_weight = torch.zeros_like(weight, dtype=grad.dtype)
         for i, start in enumerate(range(0, len(hidden), ctx.rows)):
             part = slice(start, start + ctx.rows)
-            h, t, g = hidden[part], targets[part, None], -grad[part, None].to(hidden.dtype)
+            h, t, g = hidden[part], targets[part], -grad[part, None].to(hidden.dtype)
             error = (chunks[i] if chunks else h @ weight.T).softmax(-1)
             # p - 1 of the target, from fp32: in 16 bits it would be 0 where p is nearly 1
-            error.scatter_(1, t, found[part, None].expm1().to(error.dtype))
+            error[torch.arange(len(t), device=t.device), t] = found[part].expm1().to(error.dtype)
             grad_hidden[part] = (error @ weight).mul_(g)
             grad_weight += error.T @ (h * g)
         return grad_hidden, grad_weight.to(weight.dtype), None
@@ -466,9 +487,10 @@ def generate_steps(model, prompts, max_new_tokens, end_id, temperature=1.0, top_
         yield rows[alive].tolist(), new[alive].tolist()
         tokens = torch.cat([tokens, new[:, None]], dim=1)
         alive &= ~torch.isin(new, ends) & (tokens.shape[1] - pad < context)
-        if not alive.any():
+        left = int(alive.sum())
+        if left == 0:
             return
-        if alive.sum() < 0.8 * len(alive):  # finished rows leave: dropping them copies the cache
+        if left < 0.8 * len(alive):  # finished rows leave, many at once: it copies the cache
             kept = alive.nonzero()[:, 0]
             rows, tokens, pad, alive = rows[kept], tokens[kept], pad[kept], alive[kept]
             cache.keep(kept.to(first.device))

@@ -83,21 +83,32 @@ def training_step(c, rows, tokens, dtype, compiled=False):
 
 
 def bare_decoding(c, rows, prompt, new, dtype):
-    """The products of `new` decoding steps: each matrix, laid out as in the model, attention's two over what the cache
-    holds by then, and the head."""
-    matrices = layer_products(c) * c.num_hidden_layers + [(c.hidden_size, c.vocab_size)]
-    work = [(torch.randn(rows, i, dtype=dtype), torch.randn(o, i, dtype=dtype)) for i, o in matrices]
-    K, group = c.num_key_value_heads, c.num_attention_heads // c.num_key_value_heads
-    q, p = (torch.randn(rows, K, group, n, dtype=dtype) for n in (c.head_dim, prompt + new))
-    keys = torch.randn(rows, K, prompt + new, c.head_dim, dtype=dtype)
+    """The products of a prompt's forward and `new - 1` decoding steps: each matrix, laid out as in the model, attention's
+    two over what each layer's cache holds in the middle of the run, and the head on the last token."""
+    sizes = layer_products(c) * c.num_hidden_layers
+    weights = [torch.randn(o, i, dtype=dtype) for i, o in sizes]
+    head, last = torch.randn(c.vocab_size, c.hidden_size, dtype=dtype), torch.randn(rows, c.hidden_size, dtype=dtype)
+    K, group, length = c.num_key_value_heads, c.num_attention_heads // c.num_key_value_heads, prompt + new // 2
+
+    def forward(tokens, length):
+        x = {i: torch.randn(rows * tokens, i, dtype=dtype) for i, _ in sizes}
+        q, p = (torch.randn(rows, K, group * tokens, n, dtype=dtype) for n in (c.head_dim, length))
+        caches = [torch.randn(2, rows, K, length, c.head_dim, dtype=dtype) for _ in range(c.num_hidden_layers)]
+
+        def run():
+            for w in weights:
+                x[w.shape[1]] @ w.T
+            for k, v in caches:
+                q @ k.transpose(2, 3)
+                p @ v
+            last @ head.T
+        return run
+    first, later = forward(prompt, prompt), forward(1, length)
 
     def run():
-        for length in range(prompt, prompt + new):
-            for x, w in work:
-                x @ w.T
-            for _ in range(c.num_hidden_layers):
-                q @ keys[:, :, :length].transpose(2, 3)
-                p[..., :length] @ keys[:, :, :length]
+        first()
+        for _ in range(new - 1):
+            later()
     return run
 
 
