@@ -503,12 +503,13 @@ def sample(logits, temperature, top_p, uniform):
         return logits.argmax(-1)
     probs = (logits / temperature).softmax(-1)
     if top_p < 1:
-        ordered, order = probs.sort(dim=-1, descending=True)
-        outside = ordered.cumsum(-1) - ordered > top_p  # the token that crosses top_p stays in
-        probs = probs.masked_fill(outside.gather(-1, order.argsort(-1)), 0.0)
+        probs, order = probs.sort(dim=-1, descending=True)
+        outside = probs.cumsum(-1) - probs > top_p  # the token that crosses top_p stays in
+        probs = probs.masked_fill(outside, 0.0)
     total = probs.cumsum(-1)
-    # the sum need not be 1: what is drawn is scaled to it
-    return (total <= uniform[:, None] * total[:, -1:]).sum(-1).clamp(max=logits.shape[-1] - 1)
+    # the sum need not be 1: what is drawn is scaled to it, so that a token of no weight never is
+    new = torch.searchsorted(total, (uniform[:, None] * total[:, -1:]).to(total.dtype))
+    return (order.gather(-1, new) if top_p < 1 else new)[:, 0]
 
 
 def generate(model, prompts, max_new_tokens, end_id, temperature=1.0, top_p=1.0, seeds=None,

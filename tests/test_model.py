@@ -192,6 +192,12 @@ def test_rms_norm_has_the_gradient_of_its_formula():
     close(norm(x), expected, 1e-12)
 
 
+def test_a_rotation_has_the_gradient_of_its_formula():
+    x = torch.randn(2, 3, 8, 4, dtype=torch.float64, requires_grad=True)  # (B, H, T, D)
+    cos, sin = (table[:8] for table in m.rope_table(m.ModelConfig(head_dim=4)))
+    assert torch.autograd.gradcheck(m.Rotate.apply, (x, cos, sin))
+
+
 def test_ignored_targets_give_zero_and_no_gradient():
     net, x, targets = build(), ids(2, 6), ids(2, 6, seed=2)
     targets[0, :4] = IGNORE
