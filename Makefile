@@ -18,15 +18,6 @@ LAUNCH := $(BIN)/python
 ifneq ($(NPROC),1)
 LAUNCH := OMP_NUM_THREADS=1 $(BIN)/torchrun --standalone --nproc-per-node $(NPROC)
 endif
-# What only generates makes many small products: two processes bring more than two threads.
-REPLY := $(LAUNCH)
-ifeq ($(NPROC)$(wildcard /dev/nvidia0),1)
-REPLY := OMP_NUM_THREADS=1 $(BIN)/torchrun --standalone --nproc-per-node 2
-endif
-# PPO and DPO run side by side, on a thread each: for models so small a second one brings nothing.
-ifeq ($(findstring j,$(MAKEFLAGS)),)
-MAKEFLAGS += -j2
-endif
 FLAGS := --zero $(ZERO) --seed $(SEED)
 comma := ,
 .DELETE_ON_ERROR:
@@ -56,27 +47,26 @@ $(OUT)/sft/eval.json: $(OUT)/base/eval.json
 	$(LAUNCH) sft.py $(FLAGS) --data $(OUT)/data/sft.jsonl --init $(OUT)/base --out $(OUT)/sft
 
 $(OUT)/comparisons.jsonl: $(OUT)/sft/eval.json
-	$(REPLY) reward.py collect $(FLAGS) --init $(OUT)/sft --prompts $(OUT)/data/prompts.jsonl --out $@
+	$(LAUNCH) reward.py collect $(FLAGS) --init $(OUT)/sft --prompts $(OUT)/data/prompts.jsonl --out $@
 
 $(OUT)/reward/eval.json: $(OUT)/comparisons.jsonl
 	$(LAUNCH) reward.py $(FLAGS) --init $(OUT)/sft --data $< --out $(OUT)/reward
 
 $(OUT)/ppo/eval.json: $(OUT)/reward/eval.json
-	$(LAUNCH) ppo.py $(FLAGS) --threads 1 --init $(OUT)/sft --reward $(OUT)/reward --prompts $(OUT)/data/prompts.jsonl --out $(OUT)/ppo
+	$(LAUNCH) ppo.py $(FLAGS) --init $(OUT)/sft --reward $(OUT)/reward --prompts $(OUT)/data/prompts.jsonl --out $(OUT)/ppo
 
-# Two rounds of DPO, the second on what the first replies; the reference stays SFT. It needs no reward
-# model and waits for it only so as not to take a core from its training.
-$(OUT)/dpo-1/eval.json: $(OUT)/comparisons.jsonl | $(OUT)/reward/eval.json
-	$(LAUNCH) dpo.py $(FLAGS) --threads 1 --init $(OUT)/sft --data $< --out $(OUT)/dpo-1
+# Two rounds of DPO, the second on what the first replies; the reference stays SFT.
+$(OUT)/dpo-1/eval.json: $(OUT)/comparisons.jsonl
+	$(LAUNCH) dpo.py $(FLAGS) --init $(OUT)/sft --data $< --out $(OUT)/dpo-1
 
 $(OUT)/comparisons-2.jsonl: $(OUT)/dpo-1/eval.json
-	$(LAUNCH) reward.py collect $(FLAGS) --threads 1 --init $(OUT)/dpo-1 --prompts $(OUT)/data/prompts.jsonl --temperatures 1,1,1,1 --out $@
+	$(LAUNCH) reward.py collect $(FLAGS) --init $(OUT)/dpo-1 --prompts $(OUT)/data/prompts.jsonl --temperatures 1,1,1,1 --out $@
 
 $(OUT)/dpo/eval.json: $(OUT)/comparisons-2.jsonl
-	$(LAUNCH) dpo.py $(FLAGS) --threads 1 --init $(OUT)/dpo-1 --reference $(OUT)/sft --data $< --out $(OUT)/dpo
+	$(LAUNCH) dpo.py $(FLAGS) --init $(OUT)/dpo-1 --reference $(OUT)/sft --data $< --out $(OUT)/dpo
 
 $(OUT)/table.json: $(OUT)/ppo/eval.json $(OUT)/dpo/eval.json
-	$(REPLY) reward.py table $(FLAGS) --models $(OUT)/base,$(OUT)/sft,$(OUT)/ppo,$(OUT)/dpo \
+	$(LAUNCH) reward.py table $(FLAGS) --models $(OUT)/base,$(OUT)/sft,$(OUT)/ppo,$(OUT)/dpo \
 	  --data $(OUT)/data/eval.jsonl --text $(OUT)/data/heldout.jsonl --train $(OUT)/data/sft.jsonl \
 	  --prompts $(OUT)/data/prompts.jsonl --reward $(OUT)/reward --reference $(OUT)/sft --out $@
 
