@@ -46,6 +46,7 @@ class Config(RunConfig):
     steps: int = 1600  # optimizer steps
     batch_size: int = 16  # windows per optimizer step over all processes
     lr: float = 3e-3  # peak learning rate, after warmup
+    compile: bool = False  # the blocks by torch.compile: seconds of compiling, then faster steps
 
 
 def corpus(cfg, inputs) -> tuple[Tokenizer, Tokens, Tokens]:
@@ -106,6 +107,8 @@ def main(cfg):
     model.model.activation_checkpointing = cfg.checkpointing
     optimizer = AdamW(model, cfg.zero, dtype, device, weight_decay=cfg.weight_decay,
                       grad_clip=cfg.grad_clip, offload=cfg.offload)
+    for block in model.model.layers if cfg.compile else ():  # without ZeRO-3's hooks around it
+        block.forward = torch.compile(block.forward)
     rank, world, per_step = dist.get_rank(), dist.get_world_size(), cfg.batch_size * cfg.context
     print0(f"{model.config.num_parameters():,} parameters, {len(train.ids):,} training tokens "
            f"({train.bytes / len(train.ids):.2f} bytes each), {per_step:,} per step, "
@@ -127,7 +130,8 @@ def main(cfg):
         run.log(step, units=per_step, loss=loss, grad_norm=norm, lr=lr)
         run.boundary(step, model=optimizer)
 
-    with optimizer.gathered():
+    # not compiled again for what follows, rows of all lengths
+    with optimizer.gathered(), torch.compiler.set_stance("force_eager"):
         result = evaluate(model, val, cfg, device)
         if rank == 0:  # what a base model does with a text: it goes on
             start = tokenizer.encode(tokenizer.decode(val.ids[:8].tolist()) or "\n")

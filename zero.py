@@ -96,7 +96,7 @@ class RunConfig(BaseConfig):
 
 # These may change between a run and its resumption: speed and memory, not what is trained.
 FREE = {"out", "fresh", "micro_tokens", "zero", "device", "dtype", "threads", "checkpointing",
-        "save_every", "log_every", "timeout", "offload"}
+        "save_every", "log_every", "timeout", "offload", "compile"}
 DTYPES = {"fp64": torch.float64, "fp32": torch.float32, "bf16": torch.bfloat16,
           "fp16": torch.float16}
 

@@ -6,6 +6,7 @@ stage under another ZeRO stage; `agreeing.py` ends a run whose ranks differ afte
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -216,6 +217,20 @@ def test_a_run_stopped_half_way_ends_in_the_same_bits(
     whole, parts = ((tmp_path / n / "model.safetensors").read_bytes() for n in ("whole", "parts"))
     assert whole == parts
     assert (tmp_path / "whole/eval.json").read_text() == (tmp_path / "parts/eval.json").read_text()
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a compiler")
+def test_compiled_blocks_train_like_the_others_under_zero_3(road, alone, signals, tmp_path):
+    changes = dict(data=f"{road[0]}/data/corpus.jsonl", tokenizer=f"{road[0]}/data", hidden_size=32, steps=3,
+                   num_attention_heads=2, num_key_value_heads=1, num_hidden_layers=1, context=32, batch_size=4,
+                   dtype="fp32", threads=1, zero=3)
+    graphs = []
+    for compile in (False, True):
+        pretrain.main(pretrain.Config(out=str(tmp_path / str(compile)), compile=compile, **changes))
+        graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+    assert graphs[1] == graphs[0] + 1
+    torch.testing.assert_close(losses(tmp_path / "True"), losses(tmp_path / "False"), rtol=1e-5, atol=0)
 
 
 def test_a_model_answers_in_the_chat(road):
