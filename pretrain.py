@@ -96,6 +96,8 @@ def evaluate(model, tokens, cfg, device) -> dict:
 
 
 def main(cfg):
+    if cfg.compile:
+        from torch import _dynamo  # noqa: F401  imported later it keeps the process group
     device, dtype = setup(cfg)
     run = Run(cfg, cfg.steps, inputs=[*cfg.data.split(","), *filter(None, [cfg.val_data])])
     tokenizer, train, val = corpus(cfg, run.record["inputs"])
@@ -130,8 +132,9 @@ def main(cfg):
         run.log(step, units=per_step, loss=loss, grad_norm=norm, lr=lr)
         run.boundary(step, model=optimizer)
 
-    # not compiled again for what follows, rows of all lengths
-    with optimizer.gathered(), torch.compiler.set_stance("force_eager"):
+    for block in model.model.layers if cfg.compile else ():
+        del block.forward  # what follows has rows of all lengths: each would be compiled
+    with optimizer.gathered():
         result = evaluate(model, val, cfg, device)
         if rank == 0:  # what a base model does with a text: it goes on
             start = tokenizer.encode(tokenizer.decode(val.ids[:8].tolist()) or "\n")

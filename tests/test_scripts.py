@@ -15,6 +15,7 @@ from xml.etree import ElementTree
 
 import pytest
 import torch
+import torch._dynamo  # before there is a process group, which it would keep
 
 import dpo
 import ppo
