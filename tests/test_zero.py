@@ -482,6 +482,16 @@ def test_flags_come_from_the_fields_and_their_help_from_the_comments(monkeypatch
         assert stop.value.code == 2 and bad[0] in capsys.readouterr().err
 
 
+def gathered_shares(rank):
+    return z.everywhere({rank: [rank] * 2})
+
+
+def test_what_each_rank_knows_is_known_to_all_and_alone_nothing_is_sent(ranks, alone, monkeypatch):
+    assert ranks(3, gathered_shares) == [{r: [r] * 2 for r in range(3)}] * 3
+    monkeypatch.delattr(dist, "all_gather_object")  # gloo's threads would slow everything after it
+    assert z.everywhere({"a": 1}) == {"a": 1}
+
+
 def test_keyed_seeds_are_the_same_on_every_machine_and_differ_by_key():
     assert z.keyed_seed(0, "rollout", 3) == 4495814937872463932
     keys = [(0, 1), (1, 0), (0, "1"), (0, 1, 0), (0,), ("0, 1",)]
