@@ -109,8 +109,9 @@ def main(cfg):
     model.model.activation_checkpointing = cfg.checkpointing
     optimizer = AdamW(model, cfg.zero, dtype, device, weight_decay=cfg.weight_decay,
                       grad_clip=cfg.grad_clip, offload=cfg.offload)
-    for block in model.model.layers if cfg.compile else ():  # without ZeRO-3's hooks around it
-        block.forward = torch.compile(block.forward)
+    compiled = model.model.layers if cfg.compile else ()
+    for block in compiled:
+        block.forward = torch.compile(block.forward)  # without ZeRO-3's hooks around it
     rank, world, per_step = dist.get_rank(), dist.get_world_size(), cfg.batch_size * cfg.context
     print0(f"{model.config.num_parameters():,} parameters, {len(train.ids):,} training tokens "
            f"({train.bytes / len(train.ids):.2f} bytes each), {per_step:,} per step, "
@@ -132,7 +133,7 @@ def main(cfg):
         run.log(step, units=per_step, loss=loss, grad_norm=norm, lr=lr)
         run.boundary(step, model=optimizer)
 
-    for block in model.model.layers if cfg.compile else ():
+    for block in compiled:
         del block.forward  # what follows has rows of all lengths: each would be compiled
     with optimizer.gathered():
         result = evaluate(model, val, cfg, device)

@@ -248,8 +248,8 @@ def all_sum(*values, device=None) -> list[float]:
 def everywhere(mine: dict) -> dict:
     """Merges the dicts of all ranks: what each computed for its share, known to all."""
     shares = [mine] * dist.get_world_size()
-    # Not alone: gloo's thread would start OpenMP threads beside ours, and when there are more of them
-    # than cores, all sleep between two operations.
+    # Not alone: gloo's thread would start OpenMP threads beside ours, and with more of them than
+    # cores all sleep between two operations.
     if len(shares) > 1:
         dist.all_gather_object(shares, mine)
     return {key: value for share in shares for key, value in share.items()}
