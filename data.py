@@ -32,6 +32,7 @@ import numpy as np
 import regex
 import tiktoken
 import torch
+import torch.distributed as dist
 
 IGNORE = -100  # "not a target", torch's own convention
 
@@ -1067,7 +1068,7 @@ def as_message(turn, where: str) -> dict:
     """One turn, OpenAI's {"role", "content"} or ShareGPT's {"from", "value"}."""
     if isinstance(turn, dict):
         role, text = turn.get("role", turn.get("from")), turn.get("content", turn.get("value"))
-        if role in ROLES and isinstance(text, str):
+        if isinstance(role, str) and role in ROLES and isinstance(text, str):
             return {"role": ROLES[role], "content": text}
     raise SystemExit(f"{where}: a turn needs a role of {', '.join(ROLES)} and a text; "
                      f"found {str(turn)[:80]}")
@@ -1212,6 +1213,11 @@ def micro_batches(lengths, micro_tokens: int, rank: int = 0, world: int = 1, row
         half = (len(batches[b]) + 1) // 2
         batches[b : b + 1] = [batches[b][:half], batches[b][half:]]
     return batches[rank::world]
+
+
+def my_micro_batches(lengths, micro_tokens: int, rows=None) -> list[list[int]]:
+    """The micro_batches() of this process in its process group."""
+    return micro_batches(lengths, micro_tokens, dist.get_rank(), dist.get_world_size(), rows)
 
 
 class Tokens:

@@ -21,7 +21,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
-from data import Tokenizer, collate, epoch_rows, fit, micro_batches, read_comparisons, render
+from data import Tokenizer, collate, epoch_rows, fit, my_micro_batches, read_comparisons, render
 from model import load_model, save_model, token_logprobs
 from zero import AdamW, Run, RunConfig, Sharded, all_sum, everywhere, keyed_seed, launch, lr_at
 from zero import print0, setup
@@ -90,7 +90,7 @@ def split(pairs, cfg) -> list[list[int]]:
     """This rank's micro-batches of pairs."""
     lengths = [max(len(ids) for ids, _ in pair) for pair in pairs]
     rows = [2] * len(pairs)
-    return micro_batches(lengths, cfg.micro_tokens, dist.get_rank(), dist.get_world_size(), rows)
+    return my_micro_batches(lengths, cfg.micro_tokens, rows)
 
 
 @torch.no_grad()

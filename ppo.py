@@ -23,7 +23,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from data import Tokenizer, collate, epoch_rows, gold_score, micro_batches, pad_rows
+from data import Tokenizer, collate, epoch_rows, gold_score, my_micro_batches, pad_rows
 from data import read_prompts, render
 from model import ScalarModel, generate, load_model, save_model, token_logprobs
 from zero import AdamW, Run, RunConfig, Sharded, all_sum, everywhere, keyed_seed, launch, lr_at
@@ -130,7 +130,7 @@ def respond(policy, queries, seeds, tokenizer, cfg) -> list[Rollout]:
 def split(rollouts, cfg) -> list[list[int]]:
     """This rank's micro-batches of rollouts."""
     lengths = [len(r.query) + len(r.response) for r in rollouts]
-    return micro_batches(lengths, cfg.micro_tokens, dist.get_rank(), dist.get_world_size())
+    return my_micro_batches(lengths, cfg.micro_tokens)
 
 
 def response_tokens(model, rollouts, tokenizer, device):

@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from data import SPECIALS, Tokenizer, Tokens, collate, micro_batches, read_texts, train_bpe
+from data import SPECIALS, Tokenizer, Tokens, collate, my_micro_batches, read_texts, train_bpe
 from model import CausalLM, ModelConfig, expected_first_loss, generate, load_model, save_model
 from model import token_logprobs
 from zero import AdamW, Run, RunConfig, all_sum, launch, lr_at, prepared, print0, setup
@@ -86,8 +86,8 @@ def nll_sum(model, windows, device):
 def evaluate(model, tokens, cfg, device) -> dict:
     """Loss per token and bits per byte of the held-out text: each token is scored once, with up to
     --context tokens before it."""
-    windows, rank, world = tokens.windows(), dist.get_rank(), dist.get_world_size()
-    parts = micro_batches([len(w) for w in windows], cfg.micro_tokens, rank, world)
+    windows = tokens.windows()
+    parts = my_micro_batches([len(w) for w in windows], cfg.micro_tokens)
     local = sum(float(nll_sum(model, [windows[i] for i in part], device)) for part in parts)
     [total] = all_sum(local, device=device)
     bits = total / math.log(2)
@@ -112,7 +112,7 @@ def main(cfg):
     compiled = model.model.layers if cfg.compile else ()
     for block in compiled:
         block.forward = torch.compile(block.forward)  # without ZeRO-3's hooks around it
-    rank, world, per_step = dist.get_rank(), dist.get_world_size(), cfg.batch_size * cfg.context
+    rank, per_step = dist.get_rank(), cfg.batch_size * cfg.context
     print0(f"{model.config.num_parameters():,} parameters, {len(train.ids):,} training tokens "
            f"({train.bytes / len(train.ids):.2f} bytes each), {per_step:,} per step, "
            f"{cfg.steps * per_step / len(train.ids):.1f} passes, {len(val.ids):,} held-out tokens")
@@ -120,7 +120,7 @@ def main(cfg):
     for step in range(run.resume(model=optimizer), cfg.steps):
         windows = train.batch(cfg.seed, step, cfg.batch_size)  # (batch_size, context + 1)
         loss = 0.0
-        for part in micro_batches([cfg.context] * cfg.batch_size, cfg.micro_tokens, rank, world):
+        for part in my_micro_batches([cfg.context] * cfg.batch_size, cfg.micro_tokens):
             partial = nll_sum(model, windows[part], device) / per_step
             optimizer.backward(partial)
             loss += float(partial.detach())

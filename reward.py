@@ -24,8 +24,8 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
-from data import Tokenizer, collate, epoch_rows, fit, gold_score, judge, micro_batches, pad_rows
-from data import read_comparisons, read_conversations, read_json, read_prompts, read_text
+from data import Tokenizer, collate, epoch_rows, fit, gold_score, judge, my_micro_batches
+from data import pad_rows, read_comparisons, read_conversations, read_json, read_prompts, read_text
 from data import read_texts, render, write_jsonl
 from model import ScalarModel, generate, load_model, save_model, token_logprobs
 from zero import AdamW, BaseConfig, Run, RunConfig, Sharded, all_sum, everywhere, keyed_seed, launch
@@ -187,7 +187,7 @@ def evaluate(model, items, tokenizer, cfg, device) -> dict:
 def split(items, micro_tokens) -> list[list[int]]:
     """This rank's micro-batches of prompts, by the tokens of all their replies."""
     lengths, rows = zip(*((max(map(len, rows)), len(rows)) for rows, _, _ in items))
-    return micro_batches(lengths, micro_tokens, dist.get_rank(), dist.get_world_size(), rows)
+    return my_micro_batches(lengths, micro_tokens, rows)
 
 
 def main(cfg):
@@ -529,7 +529,7 @@ def unlearned(train, records) -> dict:
 def in_batches(lengths, measure) -> list[float]:
     """measure(indices) → a number for each; every rank does a share of them and gets all."""
     mine = {}
-    for part in micro_batches(lengths, 8192, dist.get_rank(), dist.get_world_size()):
+    for part in my_micro_batches(lengths, 8192):
         mine |= dict(zip(part, measure(part).tolist()))
     everyone = everywhere(mine)
     return [everyone[i] for i in range(len(lengths))]

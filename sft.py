@@ -13,12 +13,13 @@ end token it has never seen and falls within a hundred steps.
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
 import torch.distributed as dist
 
-from data import Tokenizer, Tokens, collate, epoch_rows, micro_batches, read_conversations, render
-from data import show
+from data import Tokenizer, Tokens, collate, epoch_rows, my_micro_batches, read_conversations
+from data import render, show
 from model import generate, load_model, save_model, token_logprobs
 from zero import AdamW, Run, RunConfig, all_sum, launch, lr_at, prepared, print0, setup
 
@@ -30,8 +31,8 @@ class Config(RunConfig):
     data: str = "out/data/sft.jsonl"  # conversations in any known format; comma-separated
     val_data: str = ""  # held-out conversations; empty: the end of --data
     val_fraction: float = 0.02  # how much of the end of --data is held out
-    template: str = "chat"  # chat: role tokens; alpaca: ### Instruction: text
-    turns: str = "all"  # all: every reply is trained; last: only the last one
+    template: Literal["chat", "alpaca", "none"] = "chat"  # role tokens, ### Instruction:, nothing
+    turns: Literal["all", "last"] = "all"  # all: every reply is trained; last: only the last one
     replay: str = "auto"  # pretraining text to mix in; auto: corpus.jsonl beside --data; none
     replay_rows: int = 6  # windows of it per optimizer step
     replay_weight: float = 0.3  # its weight in the loss
@@ -72,8 +73,8 @@ def trained(rows) -> int:
 @torch.no_grad()
 def evaluate(model, rows, tokenizer, cfg, device) -> dict:
     """Loss per reply token on held-out conversations."""
-    lengths, rank, world = [len(ids) for ids, _ in rows], dist.get_rank(), dist.get_world_size()
-    parts = [[rows[i] for i in p] for p in micro_batches(lengths, cfg.micro_tokens, rank, world)]
+    lengths = [len(ids) for ids, _ in rows]
+    parts = [[rows[i] for i in p] for p in my_micro_batches(lengths, cfg.micro_tokens)]
     local = sum(float(nll_sum(model, part, tokenizer, device)) for part in parts)
     [total] = all_sum(local, device=device)
     return {"loss": total / trained(rows)}
@@ -106,7 +107,7 @@ def main(cfg):
     model.model.activation_checkpointing = cfg.checkpointing
     optimizer = AdamW(model, cfg.zero, dtype, device, weight_decay=cfg.weight_decay,
                       grad_clip=cfg.grad_clip, offload=cfg.offload)
-    rank, world = dist.get_rank(), dist.get_world_size()
+    rank = dist.get_rank()
     share = trained(rows) / sum(len(ids) for ids, _ in rows)
     print0(f"{len(rows):,} conversations, {share:.0%} of their tokens trained, {len(val)} held "
            f"out, {cfg.batch_size} per step, replay: {replay.paths if replay else 'none'}")
@@ -121,7 +122,7 @@ def main(cfg):
         losses = []
         for members, weight in groups:
             lengths, count, loss = [len(ids) for ids, _ in members], trained(members), 0.0
-            for part in micro_batches(lengths, cfg.micro_tokens, rank, world):
+            for part in my_micro_batches(lengths, cfg.micro_tokens):
                 partial = nll_sum(model, [members[i] for i in part], tokenizer, device) / count
                 optimizer.backward(weight * partial)
                 loss += float(partial.detach())

@@ -49,6 +49,7 @@ import weakref
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+from typing import Literal, get_args
 
 # Waiting CPU threads give up their core soon: on a busy machine spinning costs a factor of ten.
 os.environ.setdefault("GOMP_SPINCOUNT", "2000")
@@ -67,9 +68,9 @@ class BaseConfig:
 
     out: str = "out/run"  # what is written
     seed: int = 0  # of weights, batches and samples
-    zero: int = 0  # ZeRO stage 0-3
-    device: str = "auto"  # cpu, cuda, or auto: a GPU where there is one
-    dtype: str = "auto"  # fp32, bf16, fp16, or auto: bf16 where the device is fast in it
+    zero: Literal[0, 1, 2, 3] = 0  # ZeRO stage
+    device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: a GPU where there is one
+    dtype: Literal["auto", "bf16", "fp16", "fp32", "fp64"] = "auto"  # bf16 where that is fast
     threads: int = 0  # CPU threads per process; 0: the cores divided by the processes
     deterministic: bool = False  # CUDA: only kernels that give the same bits twice
     timeout: float = 600.0  # seconds that a rank waits for the others before it ends
@@ -102,7 +103,8 @@ DTYPES = {"fp64": torch.float64, "fp32": torch.float32, "bf16": torch.bfloat16,
 
 
 def parse_config(Config, argv=None):
-    """Config from the command line: a kebab-case flag per field, its comment as the help text."""
+    """Config from the command line: a kebab-case flag per field, its comment as the help text; a
+    Literal lists what the flag may be."""
     parser = argparse.ArgumentParser(description=sys.modules[Config.__module__].__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter,
                                      allow_abbrev=False)
@@ -111,7 +113,7 @@ def parse_config(Config, argv=None):
     for field in fields(Config):
         comment = re.search(rf"^    {field.name}: .*?  # (.*)$", source, re.MULTILINE)
         text = f"{comment[1] if comment else ''} (default: {field.default!r})".replace("%", "%%")
-        kind = {"type": type(field.default)}
+        kind = {"type": type(field.default), "choices": get_args(field.type) or None}
         if isinstance(field.default, bool):
             kind = {"action": argparse.BooleanOptionalAction}
         flag = "--" + field.name.replace("_", "-")
@@ -172,10 +174,6 @@ def setup(cfg) -> tuple[torch.device, torch.dtype]:
     """Process group, device, threads and seed, for one process as for many: nobody asks which."""
     local = int(os.environ.get("LOCAL_RANK", 0))
     ranks = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    for flag, valid in {"dtype": (*DTYPES, "auto"), "zero": (0, 1, 2, 3),
-                        "device": ("cpu", "cuda", "auto")}.items():
-        if getattr(cfg, flag) not in valid:
-            raise SystemExit(f"--{flag} is one of {', '.join(map(str, valid))}")
     cuda = torch.cuda.is_available() and cfg.device != "cpu"
     if cfg.device == "cuda" and not cuda:
         raise SystemExit("--device cuda: this torch sees no GPU; use cpu, or install a CUDA build")

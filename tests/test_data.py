@@ -351,6 +351,7 @@ CHOICE, REPLIES = '{"prompt": "a", "chosen": "b", "rejected": %s}', '{"prompt": 
     (read_conversations, GOOD + '{"question": "", "answer": "b"}', ":2", "no user message"),
     (read_conversations, '{"messages": [{"role": "tool", "content": "x"}]}', ":1", "role of"),
     (read_conversations, '{"messages": [{"role": "user", "content": null}]}', ":1", "a text"),
+    (read_conversations, '{"messages": [{"role": {"a": 1}, "content": "x"}]}', ":1", "role of"),
     (read_conversations, '{"messages": ["hello"]}', ":1", "hello"),
     (read_conversations, '{"question": "a", "history": ["x"]}', ":1", "history"),
     (read_comparisons, '"chosen"', ":1", "expected an object"),

@@ -86,6 +86,14 @@ def road(tmp_path_factory):
     return out, said
 
 
+@pytest.mark.parametrize("config, flag", [(sft.Config, "turns"), (sft.Config, "template"),
+                                          (pretrain.Config, "device"), (ppo.Config, "zero")])
+def test_a_choice_that_does_not_exist_is_refused(config, flag, capsys):
+    with pytest.raises(SystemExit):
+        zero.parse_config(config, [f"--{flag}", "7"])
+    assert f"--{flag}: invalid choice" in capsys.readouterr().err
+
+
 def test_pretraining_starts_at_ln_v_and_learns(road):
     out, said = road
     curve = losses(out / "base")

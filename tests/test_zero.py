@@ -16,6 +16,7 @@ import socket
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Literal
 from xml.etree import ElementTree
 
 import numpy as np
@@ -462,6 +463,7 @@ class Toy(RunConfig):
     lr: float = 0.5  # half of it is 50%
     data: str = "a.txt"  # which text
     shuffle: bool = True  # mix the rows
+    turns: Literal["all", "last"] = "all"  # which replies
 
 
 def test_flags_come_from_the_fields_and_their_help_from_the_comments(monkeypatch, capsys):
@@ -476,7 +478,8 @@ def test_flags_come_from_the_fields_and_their_help_from_the_comments(monkeypatch
                  "--shuffle, --no-shuffle mix the rows (default: True)"):
         assert said in text
     assert "peak learning rate" not in text  # the comment of the field that Toy replaced
-    for bad in (["--lrr", "1"], ["--shuf"], ["--steps", "x"]):
+    for bad in (["--lrr", "1"], ["--shuf"], ["--steps", "x"], ["--zero", "4"], ["--dtype", "int8"],
+                ["--device", "tpu"], ["--turns", "split"]):
         with pytest.raises(SystemExit) as stop:
             z.parse_config(Toy, bad)
         assert stop.value.code == 2 and bad[0] in capsys.readouterr().err
