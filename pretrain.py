@@ -51,34 +51,47 @@ class Config(RunConfig):
 
 def corpus(cfg, inputs) -> tuple[Tokenizer, Tokens, Tokens]:
     """Tokenizer, training tokens, held-out tokens; made by one process, awaited by the others.
-    inputs: hashes of the texts."""
-    out, source = Path(cfg.out), cfg.tokenizer or cfg.init
+    inputs: {path: sha256} of the texts."""
+    out = Path(cfg.out)
     split = 1.0 if cfg.val_data else 1 - cfg.val_fraction
-    recipe = [cfg.vocab_size, split, inputs]
-    made = out / "tokenizer.recipe.json"  # or --fresh with another --vocab-size would find the old
-
-    def train_tokenizer():
-        texts = read_texts(cfg.data)
-        one = [texts[0][: int(split * len(texts[0]))]]
-        texts = texts[: int(split * len(texts))] if len(texts) > 1 else one  # never the held-out
-        Tokenizer.from_merges(train_bpe(texts, cfg.vocab_size - len(SPECIALS))).save(out)
-        write_json(made, recipe)
-
+    source = cfg.tokenizer or cfg.init
     if not source:
-        prepared(lambda: made.exists() and json.loads(made.read_text("utf-8")) == recipe,
-                 train_tokenizer)
+        own_tokenizer(cfg, split, inputs)
     tokenizer = Tokenizer.load(source or out)
     train = Tokens(out / "train.bin", cfg.data, tokenizer, (0.0, split))
-    held = (0.0, 1.0) if cfg.val_data else (split, 1.0)
-    val = Tokens(out / "val.bin", cfg.val_data or cfg.data, tokenizer, held)
+    held_out = (0.0, 1.0) if cfg.val_data else (split, 1.0)
+    val = Tokens(out / "val.bin", cfg.val_data or cfg.data, tokenizer, held_out)
     for tokens in (train, val):
         prepared(tokens.ready, tokens.build)
     return tokenizer, train.open(cfg.context), val.open(cfg.context, least=0)
 
 
+def own_tokenizer(cfg, split, inputs):
+    """Trains a tokenizer on the first `split` of --data, unless --out holds the one that these
+    texts and this vocabulary give: beside it stands the recipe it was made by."""
+    recipe = [cfg.vocab_size, split, inputs]
+    path = Path(cfg.out) / "tokenizer.recipe.json"
+
+    def ready():
+        return path.exists() and json.loads(path.read_text(encoding="utf-8")) == recipe
+
+    def build():
+        texts = read_texts(cfg.data)
+        if len(texts) == 1:
+            texts = [texts[0][: int(split * len(texts[0]))]]  # never the held-out text
+        else:
+            texts = texts[: int(split * len(texts))]
+        merges = train_bpe(texts, cfg.vocab_size - len(SPECIALS))
+        Tokenizer.from_merges(merges).save(cfg.out)
+        write_json(path, recipe)
+
+    prepared(ready, build)
+
+
 def nll_sum(model, windows, device):
     """Summed negative log-likelihood of windows (T+1,): all tokens but each first are targets."""
-    input_ids, targets = collate([(ids, [1] * len(ids)) for ids in windows], pad=0)
+    rows = [(ids, [1] * len(ids)) for ids in windows]
+    input_ids, targets = collate(rows, pad=0)  # (B, T) each
     return -token_logprobs(model, input_ids.to(device), targets.to(device)).sum()
 
 
@@ -87,36 +100,54 @@ def evaluate(model, tokens, cfg, device) -> dict:
     """Loss per token and bits per byte of the held-out text: each token is scored once, with up to
     --context tokens before it."""
     windows = tokens.windows()
-    parts = my_micro_batches([len(w) for w in windows], cfg.micro_tokens)
-    local = sum(float(nll_sum(model, [windows[i] for i in part], device)) for part in parts)
-    [total] = all_sum(local, device=device)
-    bits = total / math.log(2)
-    count = max(1, len(tokens.ids) - 1)
-    return {"loss": total / count, "bits_per_byte": bits / max(1, tokens.bytes)}
+    mine = 0.0
+    for part in my_micro_batches([len(window) for window in windows], cfg.micro_tokens):
+        mine += float(nll_sum(model, [windows[i] for i in part], device))
+    [nats] = all_sum(mine, device=device)
+    targets = max(1, len(tokens.ids) - 1)
+    bits = nats / math.log(2)
+    return {"loss": nats / targets, "bits_per_byte": bits / max(1, tokens.bytes)}
+
+
+def open_model(cfg, tokenizer):
+    """The checkpoint --init, or random weights in the shape of the flags."""
+    if cfg.init:
+        return load_model(cfg.init)
+    names = [name for name in ModelConfig.__dataclass_fields__ if hasattr(cfg, name)]
+    shape = {name: getattr(cfg, name) for name in names}
+    shape["vocab_size"] = tokenizer.vocab_size  # can be less than was asked for
+    return CausalLM(ModelConfig(**shape))
+
+
+def show_sample(model, val, tokenizer):
+    """What a base model does with a text: it goes on."""
+    start = tokenizer.encode(tokenizer.decode(val.ids[:8].tolist()) or "\n")
+    [ids] = generate(model, [start], 40, tokenizer.ids["<|endoftext|>"], temperature=0.8)
+    print(f"sample: {tokenizer.decode(start)!r} → {tokenizer.decode(ids)!r}", flush=True)
 
 
 def main(cfg):
-    if cfg.compile:
-        from torch import _dynamo  # noqa: F401  imported later it keeps the process group
+    # 1. data
     device, dtype = setup(cfg)
-    run = Run(cfg, cfg.steps, inputs=[*cfg.data.split(","), *filter(None, [cfg.val_data])])
+    texts = f"{cfg.data},{cfg.val_data}" if cfg.val_data else cfg.data
+    run = Run(cfg, cfg.steps, inputs=texts.split(","))
     tokenizer, train, val = corpus(cfg, run.record["inputs"])
-    if cfg.init:
-        model = load_model(cfg.init)
-    else:
-        shape = {k: getattr(cfg, k) for k in ModelConfig.__dataclass_fields__ if hasattr(cfg, k)}
-        model = CausalLM(ModelConfig(**shape | {"vocab_size": tokenizer.vocab_size}))
+    rank = dist.get_rank()
+    per_step = cfg.batch_size * cfg.context  # target tokens
+
+    # 2. model
+    model = open_model(cfg, tokenizer)
     model.model.activation_checkpointing = cfg.checkpointing
     optimizer = AdamW(model, cfg.zero, dtype, device, weight_decay=cfg.weight_decay,
                       grad_clip=cfg.grad_clip, offload=cfg.offload)
     compiled = model.model.layers if cfg.compile else ()
     for block in compiled:
         block.forward = torch.compile(block.forward)  # without ZeRO-3's hooks around it
-    rank, per_step = dist.get_rank(), cfg.batch_size * cfg.context
     print0(f"{model.config.num_parameters():,} parameters, {len(train.ids):,} training tokens "
            f"({train.bytes / len(train.ids):.2f} bytes each), {per_step:,} per step, "
            f"{cfg.steps * per_step / len(train.ids):.1f} passes, {len(val.ids):,} held-out tokens")
 
+    # 3. loop
     for step in range(run.resume(model=optimizer), cfg.steps):
         windows = train.batch(cfg.seed, step, cfg.batch_size)  # (batch_size, context + 1)
         loss = 0.0
@@ -132,15 +163,16 @@ def main(cfg):
             print0(f"first loss {loss:.3f}, expected {expected:.3f} (ln V + C·σ²/2)")
         run.log(step, units=per_step, loss=loss, grad_norm=norm, lr=lr)
         run.boundary(step, model=optimizer)
-
     for block in compiled:
         del block.forward  # what follows has rows of all lengths: each would be compiled
+
+    # 4. judge
     with optimizer.gathered():
         result = evaluate(model, val, cfg, device)
-        if rank == 0:  # what a base model does with a text: it goes on
-            start = tokenizer.encode(tokenizer.decode(val.ids[:8].tolist()) or "\n")
-            ids = generate(model, [start], 40, tokenizer.ids["<|endoftext|>"], temperature=0.8)[0]
-            print(f"sample: {tokenizer.decode(start)!r} → {tokenizer.decode(ids)!r}", flush=True)
+        if rank == 0:
+            show_sample(model, val, tokenizer)
+
+    # 5. save
     save_model(cfg.out, model, optimizer.full_parameters(), write=rank == 0)
     if rank == 0:
         tokenizer.save(cfg.out)

@@ -45,24 +45,22 @@ class Config(RunConfig):
 
 def read_rows(paths, tokenizer, cfg) -> list[tuple[list[int], list[int]]]:
     """(ids, mask) of every conversation; those without a trained token are dropped and counted."""
-    records = read_conversations(paths)
-    rows = [render(r["messages"], tokenizer, cfg.template, cfg.turns) for r in records]
-    cut = [(ids[: cfg.context], mask[: cfg.context]) for ids, mask in rows]
-    kept = [row for row in cut if any(row[1][1:])]
-    longer = sum(len(ids) > cfg.context for ids, _ in rows)
-    dropped = len(rows) - len(kept)
+    kept = []
+    longer = dropped = 0
+    for record in read_conversations(paths):
+        ids, mask = render(record["messages"], tokenizer, cfg.template, cfg.turns)
+        longer += len(ids) > cfg.context
+        row = ids[: cfg.context], mask[: cfg.context]
+        if trained([row]):
+            kept.append(row)
+        else:
+            dropped += 1
     if dropped or longer:
         print0(f"{paths}: {longer} conversations cut to {cfg.context} tokens, {dropped} of "
-               f"{len(rows)} dropped because no reply was left to train on")
+               f"{len(kept) + dropped} dropped because no reply was left to train on")
     if not kept:
         raise SystemExit(f"{paths}: no conversation has a reply within --context {cfg.context}")
     return kept
-
-
-def nll_sum(model, rows, tokenizer, device):
-    """Summed negative log-likelihood of the trained tokens of rows of (ids, mask)."""
-    input_ids, targets = collate(rows, tokenizer.ids["<|pad|>"])
-    return -token_logprobs(model, input_ids.to(device), targets.to(device)).sum()
 
 
 def trained(rows) -> int:
@@ -70,14 +68,39 @@ def trained(rows) -> int:
     return sum(sum(mask[1:]) for _, mask in rows)
 
 
+def nll_sum(model, rows, tokenizer, device):
+    """Summed negative log-likelihood of the trained tokens of rows of (ids, mask)."""
+    input_ids, targets = collate(rows, tokenizer.ids["<|pad|>"])  # (B, T) each
+    return -token_logprobs(model, input_ids.to(device), targets.to(device)).sum()
+
+
+def my_parts(rows, cfg) -> list[list[tuple]]:
+    """This process's micro-batches of rows."""
+    parts = my_micro_batches([len(ids) for ids, _ in rows], cfg.micro_tokens)
+    return [[rows[i] for i in part] for part in parts]
+
+
 @torch.no_grad()
 def evaluate(model, rows, tokenizer, cfg, device) -> dict:
     """Loss per reply token on held-out conversations."""
-    lengths = [len(ids) for ids, _ in rows]
-    parts = [[rows[i] for i in p] for p in my_micro_batches(lengths, cfg.micro_tokens)]
-    local = sum(float(nll_sum(model, part, tokenizer, device)) for part in parts)
-    [total] = all_sum(local, device=device)
+    mine = 0.0
+    for part in my_parts(rows, cfg):
+        mine += float(nll_sum(model, part, tokenizer, device))
+    [total] = all_sum(mine, device=device)
     return {"loss": total / trained(rows)}
+
+
+def learn(optimizer, rows, weight, tokenizer, cfg, device) -> float:
+    """Adds the gradient of weight · mean loss per target token of all processes' rows; returns that
+    mean, without the weight."""
+    count = trained(rows)
+    mine = 0.0
+    for part in my_parts(rows, cfg):
+        partial = nll_sum(optimizer.model, part, tokenizer, device) / count
+        optimizer.backward(weight * partial)
+        mine += float(partial.detach())
+    [loss] = all_sum(mine, device=device)
+    return loss
 
 
 def open_replay(cfg, tokenizer):
@@ -90,63 +113,70 @@ def open_replay(cfg, tokenizer):
         return None
     tokens = Tokens(f"{cfg.out}/replay.bin", path, tokenizer)
     prepared(tokens.ready, tokens.build)
-    return tokens.open(min(128, cfg.context - 1))
+    return tokens.open(min(128, cfg.context - 1))  # windows as long as pretraining's default
+
+
+def show_replies(model, tokenizer, cfg):
+    """Greedy replies to the first questions of --data."""
+    for record in read_conversations(cfg.data)[:3]:
+        messages = record["messages"]
+        question = messages[:-1] or messages
+        ids, _ = render(question, tokenizer, cfg.template)
+        if len(ids) < model.config.max_position_embeddings:
+            [reply] = generate(model, [ids], 64, tokenizer.ids["<|end|>"], temperature=0)
+            asked = question[-1]["content"][:80]
+            print(f"{asked!r} → {tokenizer.decode(reply)!r}", flush=True)
 
 
 def main(cfg):
+    # 1. data
     device, dtype = setup(cfg)
     tokenizer = Tokenizer.load(cfg.init)
     rows = read_rows(cfg.data, tokenizer, cfg)
-    held = 0 if cfg.val_data else int(len(rows) * cfg.val_fraction)
-    rows, val = rows[: len(rows) - held], rows[len(rows) - held :]
-    val = read_rows(cfg.val_data, tokenizer, cfg) if cfg.val_data else val
+    if cfg.val_data:
+        val = read_rows(cfg.val_data, tokenizer, cfg)
+    else:
+        end = len(rows) - int(len(rows) * cfg.val_fraction)
+        val = rows[end:]
+        rows = rows[:end]
     steps = cfg.steps or max(1, round(cfg.epochs * len(rows) / cfg.batch_size))
     run = Run(cfg, steps, inputs=[*cfg.data.split(","), f"{cfg.init}/model.safetensors"])
     replay = open_replay(cfg, tokenizer)
-    model = load_model(cfg.init)
-    model.model.activation_checkpointing = cfg.checkpointing
-    optimizer = AdamW(model, cfg.zero, dtype, device, weight_decay=cfg.weight_decay,
-                      grad_clip=cfg.grad_clip, offload=cfg.offload)
-    rank = dist.get_rank()
     share = trained(rows) / sum(len(ids) for ids, _ in rows)
     print0(f"{len(rows):,} conversations, {share:.0%} of their tokens trained, {len(val)} held "
            f"out, {cfg.batch_size} per step, replay: {replay.paths if replay else 'none'}")
     print0("first sample, trained tokens in green:\n" + show(rows[:1], tokenizer))
 
+    # 2. model
+    model = load_model(cfg.init)
+    model.model.activation_checkpointing = cfg.checkpointing
+    optimizer = AdamW(model, cfg.zero, dtype, device, weight_decay=cfg.weight_decay,
+                      grad_clip=cfg.grad_clip, offload=cfg.offload)
+
+    # 3. loop
     for step in range(run.resume(model=optimizer), steps):
         batch = [rows[i] for i in epoch_rows(cfg.seed, step, cfg.batch_size, len(rows))]
-        groups = [(batch, 1.0)]  # rows and the weight of their mean loss
+        losses = {"loss": learn(optimizer, batch, 1.0, tokenizer, cfg, device)}
+        tokens = sum(len(ids) for ids, _ in batch)
         if replay:
-            windows = replay.batch(cfg.seed, step, cfg.replay_rows)
-            groups.append(([(ids, [1] * len(ids)) for ids in windows], cfg.replay_weight))
-        losses = []
-        for members, weight in groups:
-            lengths, count, loss = [len(ids) for ids, _ in members], trained(members), 0.0
-            for part in my_micro_batches(lengths, cfg.micro_tokens):
-                partial = nll_sum(model, [members[i] for i in part], tokenizer, device) / count
-                optimizer.backward(weight * partial)
-                loss += float(partial.detach())
-            losses.append(loss)
+            windows = replay.batch(cfg.seed, step, cfg.replay_rows)  # (replay_rows, T + 1)
+            old = [(ids, [1] * len(ids)) for ids in windows]
+            losses["replay_loss"] = learn(optimizer, old, cfg.replay_weight, tokenizer, cfg, device)
+            tokens += windows.size
         lr = lr_at(step, steps, cfg.lr, cfg.warmup, cfg.min_lr)
         norm = optimizer.step(lr)
-        losses = all_sum(*losses, device=device)
-        named = {"loss": losses[0]} | ({"replay_loss": losses[1]} if replay else {})
-        tokens = sum(len(ids) for members, _ in groups for ids, _ in members)
-        run.log(step, units=tokens, **named, grad_norm=norm, lr=lr)
+        run.log(step, units=tokens, **losses, grad_norm=norm, lr=lr)
         run.boundary(step, model=optimizer)
 
+    # 4. judge
     with optimizer.gathered():
         result = evaluate(model, val, tokenizer, cfg, device) if val else {}
-        if rank == 0:
-            for record in read_conversations(cfg.data)[:3]:
-                messages = record["messages"][:-1] or record["messages"]
-                ids, _ = render(messages, tokenizer, cfg.template)
-                if len(ids) < model.config.max_position_embeddings:
-                    reply = generate(model, [ids], 64, tokenizer.ids["<|end|>"], temperature=0)[0]
-                    question = messages[-1]["content"][:80]
-                    print(f"{question!r} → {tokenizer.decode(reply)!r}", flush=True)
-    save_model(cfg.out, model, optimizer.full_parameters(), write=rank == 0)
-    if rank == 0:
+        if dist.get_rank() == 0:
+            show_replies(model, tokenizer, cfg)
+
+    # 5. save
+    save_model(cfg.out, model, optimizer.full_parameters(), write=dist.get_rank() == 0)
+    if dist.get_rank() == 0:
         tokenizer.save(cfg.out)
     run.finish(**result)
     return result

@@ -56,6 +56,7 @@ os.environ.setdefault("GOMP_SPINCOUNT", "2000")
 
 import torch
 import torch.distributed as dist
+import torch.distributed.nn.functional  # a group there is becomes a default argument: never freed
 import torch.nn as nn
 from torch.utils._python_dispatch import TorchDispatchMode
 

@@ -15,7 +15,7 @@ from xml.etree import ElementTree
 
 import pytest
 import torch
-import torch._dynamo  # before there is a process group, which it would keep
+import torch._dynamo
 
 import dpo
 import ppo

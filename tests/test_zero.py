@@ -6,6 +6,7 @@ or 3, so that every buffer is padded; eps is 1: a small one divides every wrong 
 
 import contextlib
 import functools
+import inspect
 import io
 import json
 import math
@@ -493,6 +494,13 @@ def test_what_each_rank_knows_is_known_to_all_and_alone_nothing_is_sent(ranks, a
     assert ranks(3, gathered_shares) == [{r: [r] * 2 for r in range(3)}] * 3
     monkeypatch.delattr(dist, "all_gather_object")  # gloo's threads would slow everything after it
     assert z.everywhere({"a": 1}) == {"a": 1}
+
+
+def test_no_default_argument_of_torch_keeps_a_process_group_alive():
+    """Activation checkpointing and torch.compile import this module; a group that it holds ends after the interpreter's
+    threads, and now and then takes the process with it."""
+    found = inspect.signature(torch.distributed.nn.functional.broadcast).parameters["group"]
+    assert found.default is None
 
 
 def test_keyed_seeds_are_the_same_on_every_machine_and_differ_by_key():
