@@ -1,0 +1,294 @@
+"""Pretraining and SFT, whole steps of their `main` against a loop written plainly.
+
+The formulas have tests of their own; here is seen what the scripts do with them: which rows, which
+denominator, which weight, which flag. In float64, where a plain loop agrees to nine digits.
+    python -m pytest tests/test_wiring_lm.py
+"""
+
+import json
+import math
+import shutil
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+import torch._dynamo  # before there is a process group, which it would keep
+
+import pretrain
+import sft
+from data import SPECIALS, Tokenizer, Tokens, epoch_rows, render, show, train_bpe
+from model import CausalLM, ModelConfig, generate, load_config, load_model
+from tiny import DOCUMENTS, HELD, MORE, OTHER, SHAPE, TALKS, TOK, checkpoint, furnish, logged
+from tiny import mean_nll, nll, tokens_logged, train_plainly, watched, write_jsonl
+
+# Nothing is at its default, no batch divides by two, every gradient is clipped.
+COMMON = dict(device="cpu", threads=1, dtype="fp64", seed=3, lr=0.02, warmup=0.5, min_lr=0.2,
+              weight_decay=0.4, grad_clip=0.3)
+WORLDS = pytest.mark.parametrize("world, stage", [(1, 0), (2, 3)])
+close = partial(pytest.approx, rel=1e-8, abs=1e-10)
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    return furnish(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture
+def run(request):
+    """run(world, script, config) watches the script's main on so many processes."""
+    def run(world, script, config):
+        if world > 1:
+            return request.getfixturevalue("ranks")(world, watched, script, config)
+        request.getfixturevalue("alone")
+        return [watched(0, script, config)]
+    return run
+
+
+def windows_of(texts, tokenizer, context, folder):
+    """The documents as one file of tokens, whose windows data.py draws."""
+    path = write_jsonl(folder / "own.jsonl", [{"text": text} for text in texts])
+    tokens = Tokens(folder / "own.bin", path, tokenizer)
+    tokens.build()
+    return tokens.open(context)
+
+
+def compare(cfg, found, net, expected, judged, tokens):
+    """What a run logged, saved and judged, with the plain loop's; within cfg.micro_tokens."""
+    rows = [{key: row[key] for key in expected[0]} for row in logged(cfg.out)]
+    assert len(rows) == len(expected), f"steps: expected {len(expected)}, got {len(rows)}"
+    for row, right in zip(rows, expected):
+        assert row == close(right), f"step {right['step']}: expected {right}, got {row}"
+    saved = dict(load_model(cfg.out, dtype=torch.float64).named_parameters())
+    for name, right in net.named_parameters():
+        torch.testing.assert_close(saved[name], right, rtol=0, atol=1e-9,
+                                   msg=lambda m: f"{name}: {m}")
+    written = json.loads((Path(cfg.out) / "eval.json").read_text(encoding="utf-8"))
+    assert written == close(judged), f"held out: expected {judged}, got {written}"
+    for rank, one in enumerate(found):
+        assert one["result"] == written, f"rank {rank}: {one['result']} is not what was written"
+        assert rank == 0 or (one["printed"], one["written"]) == ("", []), "only rank 0 may"
+        *steps, judging = one["forwards"]
+        assert max(map(len, steps)) > 1, "one micro-batch a step cannot show how they add up"
+        for height, width, _ in sum(steps, judging):  # the width padded to a multiple of 8
+            assert height == 1 or height * (width - 7) <= cfg.micro_tokens, (height, width)
+        assert not any(gradient for *_, gradient in judging), "judging needs no gradient"
+    assert tokens_logged(cfg.out, found[0]["printed"]) == pytest.approx(tokens, rel=0.03)
+
+
+def compare_words(found, words):
+    for word in words:
+        assert word in found[0]["printed"], f"expected {word!r} in {found[0]['printed']}"
+
+
+# ---------------------------------------------------------------- pretraining (预训练)
+
+
+def judge_text(net, ids, texts, context):
+    """Every token but the first is scored once, with up to `context` tokens before it."""
+    with torch.no_grad():
+        sums = [nll(net, ids[s : s + context + 1])[0] for s in range(0, len(ids) - 1, context)]
+    total, size = sum(sums).item(), sum(len(text.encode()) for text in texts)
+    return {"loss": total / (len(ids) - 1), "bits_per_byte": total / math.log(2) / size}
+
+
+@WORLDS
+@pytest.mark.parametrize("start", ["random weights", "a checkpoint"])
+def test_pretraining_takes_the_steps_of_a_plain_loop_and_is_judged_on_text_it_never_saw(
+        home, run, tmp_path, start, world, stage):
+    cfg = pretrain.Config(**COMMON, out=str(tmp_path / "out"), zero=stage, steps=4, batch_size=5,
+                          context=16, micro_tokens=40)
+    if start == "random weights":  # the end of the text is held out, which has not 999 tokens
+        cfg = replace(cfg, **SHAPE, data=f"{home}/corpus.jsonl", val_fraction=0.25, vocab_size=999)
+        train, held = DOCUMENTS[:12], DOCUMENTS[12:]
+        tokenizer = Tokenizer.from_merges(train_bpe(train, 999 - len(SPECIALS)))
+        torch.manual_seed(cfg.seed)
+        net = CausalLM(ModelConfig(tokenizer.vocab_size, **SHAPE)).double()
+    else:
+        cfg = replace(cfg, data=f"{home}/corpus.jsonl,{home}/more.txt", init=f"{home}/base",
+                      val_data=f"{home}/held.txt")
+        train, held, tokenizer = [*DOCUMENTS, MORE], [HELD], TOK
+        net = load_model(home / "base", dtype=torch.float64)
+    found = run(world, "pretrain", cfg)
+    tokens, end = windows_of(train, tokenizer, 16, tmp_path), tokenizer.ids["<|endoftext|>"]
+
+    def losses_of(step):
+        windows = tokens.batch(cfg.seed, step, cfg.batch_size)
+        return {"loss": (mean_nll(net, [(ids, None) for ids in windows]), 1.0)}
+
+    expected = train_plainly(net, losses_of, cfg, cfg.steps)
+    ids = sum((tokenizer.encode(text) + [end] for text in held), [])
+    compare(cfg, found, net, expected, judge_text(net, ids, held, 16), tokens=4 * 5 * 16)
+    assert Tokenizer.load(cfg.out).hash == tokenizer.hash
+    assert load_config(cfg.out) == net.config
+    opening = tokenizer.encode(tokenizer.decode(ids[:8]))
+    [reply] = generate(net, [opening], 40, end, temperature=0.8)
+    compare_words(found, [
+        f"{net.config.num_parameters():,} parameters", f"{len(tokens.ids):,} training tokens",
+        f"{len(ids):,} held-out tokens", f"{5 * 16} per step",
+        f"{4 * 5 * 16 / len(tokens.ids):.1f} passes",
+        f"{tokenizer.decode(opening)!r} → {tokenizer.decode(reply)!r}"])
+    first = math.log(tokenizer.vocab_size) + 16 * 0.02**2 / 2  # ln V + ½·C·σ²
+    line = f"first loss {expected[0]['loss']:.3f}, expected {first:.3f}"
+    assert (line in found[0]["printed"]) == (start == "random weights"), found[0]["printed"]
+
+
+def test_the_end_of_the_text_is_held_out_from_training_and_from_the_tokenizer(
+        home, alone, tmp_path):
+    def corpus(out, **changes):
+        cfg = pretrain.Config(out=str(tmp_path / out), vocab_size=270, context=8, **changes)
+        tokenizer, *tokens = pretrain.corpus(cfg, {})
+        return tokenizer.hash, *(tokenizer.decode(part.ids.tolist()) for part in tokens)
+
+    def hash_of(*texts):
+        return Tokenizer.from_merges(train_bpe(texts, 270 - len(SPECIALS))).hash
+
+    train, held = DOCUMENTS[:12], DOCUMENTS[12:]
+    found = corpus("several", data=f"{home}/corpus.jsonl", val_fraction=0.25)
+    assert found == (hash_of(*train), "".join(train), "".join(held))
+    start, end = MORE[: len(MORE) * 3 // 4], MORE[len(MORE) * 3 // 4 :]
+    found = corpus("one", data=f"{home}/more.txt", val_fraction=0.25)  # cut within the document
+    assert found == (hash_of(start), start, end)
+    whole = dict(data=f"{home}/more.txt", val_data=f"{home}/held.txt", val_fraction=0.25)
+    assert corpus("whole", **whole) == (hash_of(MORE), MORE, HELD), "val_data spares all of data"
+    Tokenizer.from_merges([]).save(tmp_path)
+    found = corpus("given", **whole, tokenizer=str(tmp_path), init=f"{home}/base")
+    assert found == (Tokenizer.from_merges([]).hash, MORE, HELD), "--tokenizer goes before --init"
+
+
+# ---------------------------------------------------------------- SFT (有监督微调)
+
+
+def readable(records, cfg):
+    """(ids, mask) of the conversations that leave something to train on within the context."""
+    rows = [render(r["messages"], TOK, cfg.template, cfg.turns) for r in records]
+    rows = [(ids[: cfg.context], mask[: cfg.context]) for ids, mask in rows]
+    return [(ids, mask) for ids, mask in rows if sum(mask[1:]) > 0]
+
+
+@WORLDS
+@pytest.mark.parametrize("case", ["replay, epochs", "bare text, steps"])
+def test_sft_takes_the_steps_of_a_plain_loop_and_is_judged_on_conversations_it_never_saw(
+        home, run, tmp_path, case, world, stage):
+    cfg = sft.Config(**COMMON, out=str(tmp_path / "out"), zero=stage, init=f"{home}/base",
+                     data=f"{home}/talks.jsonl", context=40, micro_tokens=60)
+    if case == "replay, epochs":  # 10 of 13 conversations, 1.5 passes: 3.75 steps of 4
+        cfg = replace(cfg, turns="last", val_fraction=0.25, epochs=1.5, batch_size=4,
+                      replay_rows=3, replay_weight=0.7)
+        rows, held = readable(TALKS, cfg)[:10], readable(TALKS, cfg)[10:]
+        corpus = windows_of(DOCUMENTS, TOK, cfg.context - 1, tmp_path)
+    else:  # where a reply comes first, its first token is no target
+        cfg = replace(cfg, template="none", val_data=f"{home}/held.jsonl", replay="none", steps=4,
+                      batch_size=5)
+        rows, held, corpus = readable(TALKS, cfg), readable(OTHER, cfg), None
+    net, sizes = load_model(home / "base", dtype=torch.float64), []
+
+    def losses_of(step):
+        batch = [rows[i] for i in epoch_rows(cfg.seed, step, cfg.batch_size, len(rows))]
+        replay = corpus.batch(cfg.seed, step, cfg.replay_rows) if corpus else []
+        sizes.extend(len(ids) for ids in [*replay, *(ids for ids, _ in batch)])
+        losses = {"loss": (mean_nll(net, batch), 1.0)}
+        if corpus:
+            mean = mean_nll(net, [(ids, None) for ids in replay])
+            losses["replay_loss"] = (mean, cfg.replay_weight)
+        return losses
+
+    found = run(world, "sft", cfg)
+    expected = train_plainly(net, losses_of, cfg, steps=4)
+    with torch.no_grad():
+        judged = {"loss": mean_nll(net, held).item()}
+    compare(cfg, found, net, expected, judged, tokens=sum(sizes))
+    assert Tokenizer.load(cfg.out).hash == TOK.hash
+    share = sum(sum(mask[1:]) for _, mask in rows) / sum(len(ids) for ids, _ in rows)
+    compare_words(found, [f"{len(rows)} conversations, {share:.0%} of their tokens trained",
+                          f"{len(held)} held out", show(rows[:1], TOK),
+                          f"replay: {home}/corpus.jsonl" if corpus else "replay: none"])
+    for asked in (TALKS[0]["messages"][:1], TALKS[2]["messages"][:3]):  # the second is too long
+        prompt, _ = render(asked, TOK, cfg.template)
+        [reply] = generate(net, [prompt], 64, TOK.ids["<|end|>"], temperature=0)
+        compare_words(found, [f"{asked[-1]['content']!r} → {TOK.decode(reply)!r}"])
+
+
+def test_what_is_replayed_is_the_corpus_beside_the_conversations_or_what_is_named(
+        home, alone, tmp_path):
+    def replayed(**changes):
+        cfg = sft.Config(**{"out": str(tmp_path), "data": f"{home}/talks.jsonl", **changes})
+        tokens = sft.open_replay(cfg, TOK)
+        return tokens and (tokens.context, TOK.decode(tokens.ids.tolist()))
+
+    whole, elsewhere = "".join(DOCUMENTS), shutil.copy(home / "talks.jsonl", tmp_path)
+    assert replayed(context=40) == (39, whole)  # a window has as many tokens as a conversation
+    assert replayed(context=40, data=f"{home}/talks.jsonl,{elsewhere}") == (39, whole)
+    assert replayed(context=200) == (128, whole)
+    assert replayed(context=40, replay=f"{home}/more.txt") == (39, MORE)
+    assert replayed(data=str(elsewhere)) is None
+    assert replayed(replay="none") is None and replayed(replay_rows=0) is None
+
+
+# ---------------------------------------------------------------- both
+
+
+def one_step(script, home, out):
+    """The config of a run of one step."""
+    common = dict(device="cpu", threads=1, dtype="fp32", out=str(out), steps=1, batch_size=3)
+    if script == "sft":
+        return sft.Config(**common, init=f"{home}/base", data=f"{home}/talks.jsonl", context=40)
+    return pretrain.Config(**common, **SHAPE, data=f"{home}/corpus.jsonl", vocab_size=270,
+                           val_data=f"{home}/held.txt", context=16)
+
+
+@pytest.mark.parametrize("script", ["pretrain", "sft"])
+def test_flags_of_memory_and_speed_reach_the_model_and_the_optimizer(home, run, tmp_path, script):
+    for flags in (dict(zero=2, offload=True, checkpointing=False),
+                  dict(zero=3, offload=False, checkpointing=True)):
+        cfg = one_step(script, home, tmp_path / str(flags["zero"]))
+        [found] = run(1, script, replace(cfg, **flags))
+        assert found["flags"] == flags
+
+
+@pytest.mark.parametrize("script, changed", [("pretrain", "data"), ("pretrain", "val_data"),
+                                             ("sft", "data"), ("sft", "init")])
+def test_a_run_whose_input_has_changed_starts_over_with_what_stands_there_now(
+        home, run, tmp_path, script, changed):
+    shutil.copytree(home, tmp_path / "home")
+    cfg = one_step(script, tmp_path / "home", tmp_path / "out")
+    run(1, script, cfg)
+    path = Path(getattr(cfg, changed))
+    if changed == "init":
+        checkpoint(path, seed=2)
+    else:
+        path.write_text(path.read_text(encoding="utf-8").replace("b", "d"), encoding="utf-8")
+    [found] = run(1, script, cfg)
+    assert "starting over" in found["printed"]
+    run(1, script, replace(cfg, out=str(tmp_path / "new")))  # never knew the old
+    for name in ("model.safetensors", "tokenizer.json", "eval.json"):
+        old, new = ((tmp_path / out / name).read_bytes() for out in ("out", "new"))
+        assert old == new, f"{name} still shows the {changed} of before"
+
+
+def test_without_held_out_data_or_a_whole_batch_there_is_still_a_run(home, run, tmp_path):
+    cfg = one_step("sft", home, tmp_path / "sft")
+    [found] = run(1, "sft", replace(cfg, steps=0, epochs=0.01, val_fraction=0.0))
+    assert found["result"] == {} and len(logged(cfg.out)) == 1
+    cfg = one_step("pretrain", home, tmp_path / "base")
+    [found] = run(1, "pretrain", replace(cfg, val_data="", val_fraction=0.0))
+    assert "0 held-out tokens" in found["printed"]
+
+
+def test_compiled_blocks_train_and_do_not_judge(home, run, tmp_path, monkeypatch):
+    calls = []
+
+    def compile(function, **_):
+        def compiled(*args):
+            calls.append(torch.is_grad_enabled())
+            return function(*args)
+        return compiled
+
+    monkeypatch.setattr(torch, "compile", compile)
+    cfg = replace(one_step("pretrain", home, tmp_path), micro_tokens=16)
+    run(1, "pretrain", cfg)
+    assert not calls, "without --compile nothing is compiled"
+    run(1, "pretrain", replace(cfg, compile=True, fresh=True))
+    passes = 3 * SHAPE["num_hidden_layers"]  # micro-batches · blocks
+    assert calls == [True] * passes, "judging has rows of all lengths: each would be compiled"
