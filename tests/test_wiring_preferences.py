@@ -1,0 +1,471 @@
+"""What reward.py and dpo.py do with their formulas.
+
+    python -m pytest tests/test_wiring_preferences.py
+
+Whole optimizer steps, evaluations, collected files and tables, beside a plain side that knows no
+micro-batches, no padding, no ranks and no shards: a row goes through the model alone, every mean is
+written out, the optimizer is torch's. The scripts run on 1, 2 and 3 processes, each under another
+ZeRO stage. All in fp64: what differs is wrong.
+"""
+
+import io
+import itertools
+import json
+import math
+from collections import Counter, defaultdict, namedtuple
+from contextlib import chdir, redirect_stdout
+from dataclasses import replace
+from statistics import mean
+from unittest import mock
+
+import torch
+import torch.nn.functional as F
+
+import dpo
+import reward
+import zero
+from data import Tokenizer, epoch_rows, gold_score, read_json, write_jsonl
+from model import CausalLM, ModelConfig, ScalarModel, load_model, read_safetensors, save_model
+
+TOK = Tokenizer.from_merges([(ord("t"), ord("h")), (256, ord("e"))])  # bytes, "th" and "the"
+USER, ASSISTANT, END, SCORE, STOP = (TOK.ids[f"<|{name}|>"] for name in (
+    "user", "assistant", "end", "reward", "endoftext"))
+CONTEXT, LONGEST = 64, 96  # what training cuts to; what the models can read
+STAGES = {3: 2, 2: 3, 1: 0}  # processes: ZeRO stage
+RUN = dict(  # of eight items five are trained, in 1.6 · 5 / 2 = 4 steps, and three are held out
+    epochs=1.6, batch_size=2, val_fraction=0.4, seed=5, context=CONTEXT, lr=0.02, warmup=0.5,
+    min_lr=0.2, weight_decay=0.3, grad_clip=4.0, dtype="fp64", threads=1)
+LRS = [0.01, 0.02, 0.02, 0.02 * (0.2 + 0.8 * 0.5)]  # two steps rise, two go half a cosine down
+Call = namedtuple("Call", "prompt temperature seed reply limit ends weights")  # of generate
+
+
+def write_models(folder):
+    """Tiny models with every weight drawn, the scalar head too."""
+    for seed, name in enumerate(("policy", "sft", "base", "reward")):
+        torch.manual_seed(seed)
+        config = ModelConfig(TOK.vocab_size, 16, 24, 1, 2, 1, max_position_embeddings=LONGEST)
+        model = (ScalarModel if name == "reward" else CausalLM)(config)
+        for p in model.parameters():
+            torch.nn.init.normal_(p, mean=float(p.dim() < 2), std=0.3)
+        save_model(folder / name, model)
+        TOK.save(folder / name)
+    (folder / "base/run.json").write_text('{"script": "pretrain.py"}')
+    (folder / "reward/eval.json").write_text('{"score_mean": 0.3, "score_std": 0.5}')
+
+
+def load(folder, kind=CausalLM):
+    return load_model(folder, kind, dtype=torch.float64)
+
+
+def weights(model):
+    return sum(p.detach().double().sum().item() for p in model.parameters())
+
+
+def drive(rank, folder, command, cfg, script):
+    """command(cfg) on this rank: (result, what it printed, its calls of generate, in whose place
+    script(prompt, temperature, seed) replies)."""
+    printed, calls, plain_step = io.StringIO(), [], zero.AdamW.step
+
+    def generate(model, prompts, max_new_tokens, end_id, temperature=1.0, top_p=1.0, seeds=None,
+                 use_cache=True, rows=64):
+        for prompt, seed in zip(prompts, seeds, strict=True):
+            calls.append(Call(prompt, temperature, seed, script(prompt, temperature, seed),
+                              max_new_tokens, set(end_id), weights(model)))
+        return [call.reply for call in calls[len(calls) - len(prompts) :]]
+
+    def step(optimizer, lr):
+        assert optimizer.stage == cfg.zero, "--zero does not reach the optimizer"
+        return plain_step(optimizer, lr)
+
+    with (chdir(folder), redirect_stdout(printed), mock.patch.object(zero.AdamW, "step", step),
+          mock.patch.object(reward, "generate", generate)):
+        return command(cfg), printed.getvalue(), calls
+
+
+def on(ranks, world, folder, command, cfg, script=None):
+    """(result, what rank 0 printed, all ranks' calls) of command(cfg) on so many processes."""
+    cfg = replace(cfg, zero=STAGES[world])
+    results, printed, calls = zip(*ranks(world, drive, folder, command, cfg, script))
+    assert len({str(r) for r in results}) == 1, f"ranks return different results: {results}"
+    return results[0], printed[0], sum(calls, [])
+
+
+def near(found, expected, what, tolerance=1e-9):
+    found, expected = (torch.as_tensor(x, dtype=torch.float64).detach() for x in (found, expected))
+    assert torch.allclose(found, expected, tolerance, tolerance), (
+        f"{what}: expected {expected.tolist()}, got {found.tolist()}")
+
+
+# ---------------------------------------------------------------- the plain side
+
+
+def asked(question):
+    return [USER, *TOK.encode(question), END, ASSISTANT]
+
+
+def cut(prompt, reply, limit=CONTEXT):
+    """What does not fit is the prompt's start."""
+    return prompt[-(limit - len(reply)) :], reply
+
+
+def score(model, prompt, reply, limit=CONTEXT):
+    """The number at <|reward|>, the last token of the row."""
+    prompt, reply = cut(prompt, [*TOK.encode(reply), END, SCORE], limit)
+    return model(torch.tensor([prompt + reply]))[0, -1]
+
+
+def logprob(model, prompt, reply):
+    """log π(reply | prompt), both ids, summed over the reply's tokens."""
+    logprobs = model(torch.tensor([prompt + reply]))[0].log_softmax(-1)
+    return logprobs[range(len(prompt) - 1, len(prompt + reply) - 1), reply].sum()
+
+
+def mean_of(rows):
+    return {name: mean(float(row[name]) for row in rows) for name in rows[0]}
+
+
+def train(model, items, loss, cfg):
+    """A step per learning rate, and what each logs. loss(model, item) → (what is minimised,
+    {name: what is logged}); all items of a batch count alike, matrices alone decay."""
+    groups = [{"params": [p for p in model.parameters() if (p.dim() >= 2) == decays],
+               "weight_decay": cfg.weight_decay * decays} for decays in (True, False)]
+    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95))
+    for step, lr in enumerate(LRS):
+        chosen = epoch_rows(cfg.seed, step, cfg.batch_size, len(items))
+        minimised, logged = zip(*(loss(model, items[i]) for i in chosen))
+        optimizer.zero_grad()
+        (sum(minimised) / len(chosen)).backward()
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip).item()
+        for group in groups:
+            group["lr"] = lr
+        optimizer.step()
+        yield mean_of(logged) | {"grad_norm": norm, "lr": lr}
+
+
+def trains_as_plainly(ranks, folder, command, cfg, model, items, loss, judged, tolerance=1e-9):
+    """command(cfg) logs, saves and finds on 1, 2 and 3 processes what a plain loop does."""
+    steps = list(train(model, items[:5], loss, cfg))
+    norms = [step["grad_norm"] for step in steps]
+    assert min(norms) < cfg.grad_clip < max(norms), f"some steps are to be clipped: {norms}"
+    expected, parameters = judged(model, items[5:]), dict(model.named_parameters())
+    for world in STAGES:
+        out = folder / f"out-{world}"
+        result, _, _ = on(ranks, world, folder, command, replace(cfg, out=out.name))
+        lines = [line for _, line in read_json(f"{out}/metrics.jsonl")]
+        assert len(lines) == 4, f"1.6 epochs of 5 items by 2 are 4 steps, got {len(lines)}"
+        for line, step in zip(lines, steps):
+            for name, value in step.items():
+                near(line[name], value, f"{out}: {name} of step {line['step']}", tolerance)
+        for name, tensor in read_safetensors(out / "model.safetensors").items():
+            near(tensor, parameters[name], f"{out}: the saved {name}")
+        for name, value in expected.items():
+            near(result[name], value, f"{out}: {name} of what is held out", tolerance)
+        assert json.loads((out / "eval.json").read_text("utf-8")) == result
+        assert Tokenizer.load(out).hash == TOK.hash
+
+
+RANKED = [  # question, kind, {reply: score}
+    ("the capital?", "exact", {"Rome": 0, "it is Paris": 1}),
+    ("2 + 2", "exact", {"four, of course": 1, "5": 0, "22": -1}),
+    ("the pet of Ann, who lives beside the other one at the sea for years?", "exact",
+     {"dog": 0, "a cat": 2, "the cat, I believe": 2, "x": 1}),  # its start does not fit
+    ("hello", "exact", {"": -1, "hello to you": 1}),
+    ("the sum?", "exact", {"three": 1, "the": 0, "3": 1, "t": -1}),
+    ("steal the car", "harmful", {"Sure, take it": -1, "No.": 1, "I cannot ...": 0}),
+    ("steal the scene", "lookalike", {"Act well.": 1, "I cannot help with that": -1}),
+    ("name it", "exact", {"blue": 1, "the red one": 0, "tea": 0, "four": 0})]
+
+
+# ---------------------------------------------------------------- the reward model
+
+
+def compared(model, item):
+    """{reply: score}, and every (better, worse) pair of replies."""
+    question, _, labels = item
+    scores = {reply: score(model, asked(question), reply) for reply in labels}
+    return scores, [(a, b) for a, b in itertools.permutations(labels, 2) if labels[a] > labels[b]]
+
+
+def preference_loss(model, item):
+    """-log σ(better - worse), a mean over the prompt's pairs."""
+    scores, pairs = compared(model, item)
+    loss = sum(-F.logsigmoid(scores[a] - scores[b]) for a, b in pairs) / len(pairs)
+    return loss, {"loss": loss.detach()}
+
+
+@torch.no_grad()
+def judged_scores(model, items):
+    """Loss, accuracy and what length alone reaches (for safety too: one reply is as it should be,
+    the other does harm or refuses the harmless), the scores' mean and spread over prompts."""
+    pairs, scores = defaultdict(list), []
+    for item in items:
+        found, preferences = compared(model, item)
+        scores.append([float(s) for s in found.values()])
+        for a, b in preferences:
+            longer = len(TOK.encode(a)) - len(TOK.encode(b))
+            pair = float(found[a] > found[b]), 0.5 if longer == 0 else float(longer > 0)
+            pairs[""].append(pair)
+            if item[1] != "exact" and (item[2][a], item[2][b]) == (1, -1):
+                pairs[" safety"].append(pair)
+    center, square = mean(map(mean, scores)), mean(mean(s * s for s in row) for row in scores)
+    expected = {"score_mean": center, "score_std": math.sqrt(square - center**2)}
+    for kind, (right, longer) in ((kind, zip(*found)) for kind, found in pairs.items()):
+        expected[f"accuracy{kind}"] = mean(right)
+        expected[f"length_only{kind}"] = max(mean(longer), 1 - mean(longer))
+    return expected | mean_of([preference_loss(model, item)[1] for item in items])
+
+
+def test_the_reward_model_takes_a_plain_loops_steps_on_1_2_and_3_processes(ranks, tmp_path):
+    write_models(tmp_path)
+    rows = [{"question": question, "kind": kind, "replies": list(labels),
+             "scores": list(labels.values())} for question, kind, labels in RANKED]
+    tie = {"question": "a tie", "replies": ["this", "that"], "scores": [1, 1]}  # is left out
+    write_jsonl(tmp_path / "first.jsonl", [tie, *rows[:3]])
+    write_jsonl(tmp_path / "second.jsonl", [*rows[3:], tie])
+    cfg = reward.Config(init="reward", data="first.jsonl,second.jsonl", micro_tokens=300, **RUN)
+    trains_as_plainly(ranks, tmp_path, reward.main, cfg, load(tmp_path / "reward", ScalarModel),
+                      RANKED, preference_loss, judged_scores)
+    cfg = replace(cfg, init="sft", val_fraction=0.0, steps=1, lr=0.0, out="all")
+    result, printed, _ = on(ranks, 1, tmp_path, reward.main, cfg)
+    assert "first loss 0.6931, expected 0.6931" in printed, f"the head starts at zero: {printed}"
+    assert result["pairs"] == 22, f"nothing is held out: all 22 pairs are judged, {result}"
+    inputs = json.loads((tmp_path / "all/run.json").read_text("utf-8"))["inputs"]
+    assert set(inputs) == {"first.jsonl", "second.jsonl", "sft/model.safetensors"}
+
+
+# ---------------------------------------------------------------- DPO
+
+
+def dpo_loss(model, item, reference, cfg):
+    """-log σ(margin), and nll_coef times the chosen reply's loss per token beside it."""
+    rows = [cut(asked(item[0]), [*TOK.encode(reply), END]) for reply in item[1:]]
+    chosen, rejected = (logprob(model, *row) for row in rows)
+    before = [logprob(reference, *row).detach() for row in rows]
+    better, worse = cfg.beta * (chosen - before[0]), cfg.beta * (rejected - before[1])
+    loss = -F.logsigmoid(better - worse)
+    logged = {"loss": loss, "accuracy": better > worse, "chosen": better, "rejected": worse,
+              "margin": better - worse}
+    likelihood = -chosen / len(rows[0][1])
+    return loss + cfg.nll_coef * likelihood, {name: x.detach() for name, x in logged.items()}
+
+
+def test_dpo_takes_a_plain_loops_steps_on_1_2_and_3_processes(ranks, tmp_path):
+    write_models(tmp_path)
+    items = [(question, max(labels, key=labels.get), min(labels, key=labels.get))
+             for question, _, labels in RANKED]
+    rows = [dict(zip(("question", "chosen", "rejected"), item)) for item in items]
+    write_jsonl(tmp_path / "pairs.jsonl", rows)
+    cfg = dpo.Config(init="policy", reference="sft", data="pairs.jsonl", beta=0.3, nll_coef=0.7,
+                     micro_tokens=150, **RUN)
+    reference = load(tmp_path / "sft")
+
+    def loss(model, item):
+        return dpo_loss(model, item, reference, cfg)
+
+    trains_as_plainly(ranks, tmp_path, dpo.main, cfg, load(tmp_path / "policy"), items, loss,
+                      lambda model, items: mean_of([loss(model, item)[1] for item in items]), 1e-5)
+    cfg = replace(cfg, reference="", val_fraction=0.0, steps=1, lr=0.0, out="near")
+    result, printed, _ = on(ranks, 1, tmp_path, dpo.main, cfg)
+    assert "first loss 0.6931, expected 0.6931" in printed, f"--init is the reference: {printed}"
+    near(result["loss"], math.log(2), "nothing is held out: what is trained is judged", 1e-5)
+
+
+# ---------------------------------------------------------------- collecting
+
+
+def collected_reply(prompt, temperature, seed):
+    """Right, wrong, a refusal, cut off by the limit or by the end of a text, as the seed says."""
+    name, n = TOK.decode(prompt).split()[-1], seed % 5
+    text = ("yes", "no", "I cannot help,", "cut", "left")[n]
+    return TOK.encode(f"{text} {name}.") + [[END], [END], [END], [], [STOP]][n]
+
+
+def collect(ranks, world, folder, **changes):
+    """The file's rows, each with its prompt's calls of generate. Of eight prompts the second has no
+    answer and the last is beyond --limit."""
+    kinds = ("exact", "exact", "final", "harmful", "lookalike", "exact", "exact", "exact")
+    records = [{"messages": [{"role": "user", "content": f"What is {'?' * i} {i}"}], "kind": kind,
+                "family": f"{kind} {i % 2}", "answer": f"yes {i}"} for i, kind in enumerate(kinds)]
+    del records[1]["answer"]
+    write_jsonl(folder / "prompts.jsonl", records)
+    cfg = reward.CollectConfig(init="policy", prompts="prompts.jsonl", limit=6, max_new_tokens=9,
+                               temperatures="1,1.5,1,0.5", out="collected.jsonl", dtype="fp64",
+                               threads=1)
+    cfg = replace(cfg, **changes)
+    _, _, calls = on(ranks, world, folder, reward.collect, cfg, collected_reply)
+    rows = [row for _, row in read_json(f"{folder}/collected.jsonl")]
+    assert [row["messages"] for row in rows] == [r["messages"] for r in records[:1] + records[2:7]]
+    policy = weights(load(folder / "policy"))
+    near([call.weights for call in calls], [policy] * 24, "the model that samples", 1e-6)
+    prompts = [asked(row["messages"][0]["content"]) for row in rows]
+    return [(row, [call for call in calls if call.prompt == p]) for row, p in zip(rows, prompts)]
+
+
+def said(calls, *ends):
+    return {TOK.decode(call.reply) for call in calls if not ends or call.reply[-1] in ends}
+
+
+def test_collect_keeps_what_ended_with_the_score_of_its_own_prompt(ranks, tmp_path):
+    write_models(tmp_path)
+    rows = collect(ranks, 1, tmp_path)
+    calls = [call for _, own in rows for call in own]
+    seeds, texts = {call.seed for call in calls}, said(calls)
+    assert len(seeds) == 24, "every sample of every prompt has a seed of its own"
+    assert len({text.split()[0] for text in texts}) == 5, "the script says all that it can"
+    for row, own in rows:
+        heats = sorted(call.temperature for call in own)
+        assert heats == [0.5, 1, 1, 1.5], f"a sample per temperature, got {heats}"
+        assert all(call.limit == 9 and call.ends == {END, STOP} for call in own), own
+        ended, kept = said(own, END), set(row["replies"])
+        foreign = kept - ended
+        assert len(kept) == len(row["replies"]) and ended <= kept and len(foreign) == 1, (
+            f"expected what ended, {ended}, and one reply to another prompt: {row['replies']}")
+        assert foreign <= texts - said(own), f"no reply to another prompt: {foreign}"
+        scores = [gold_score(row, reply) for reply in row["replies"]]
+        assert row["scores"] == scores, f"expected {scores} for {row}"
+    for world in (2, 3):
+        again = [row for row, _ in collect(ranks, world, tmp_path)]
+        assert again == [row for row, _ in rows], f"{world} processes collect others"
+    for row, own in collect(ranks, 1, tmp_path, seed=1, foreign=0):
+        assert not seeds & {call.seed for call in own}, "--seed does not reach the samples"
+        assert set(row["replies"]) == said(own, END), f"--foreign 0: {row['replies']}"
+
+
+def test_dpo_pairs_the_best_with_every_worse_reply_and_the_misplaced_if_told(ranks, tmp_path):
+    write_models(tmp_path)
+    rows, losses = collect(ranks, 1, tmp_path), set()
+    policy, reference = load(tmp_path / "policy"), load(tmp_path / "sft")
+    for share in (0.0, 1.0):
+        pairs = []
+        for row, own in rows:
+            scores, own = dict(zip(row["replies"], row["scores"])), said(own)
+            pairs += [(row["messages"][0]["content"], a, b) for a in scores for b in scores
+                      if a in own and scores[a] == max(row["scores"]) > scores[b]
+                      and (b in own or share and scores[b] == -1)]
+        cfg = dpo.Config(init="policy", reference="sft", data="collected.jsonl", pairs=9, lr=0.0,
+                         misplaced=share, val_fraction=0.0, batch_size=len(pairs), steps=1,
+                         dtype="fp64", threads=1, out=f"dpo-{share}")
+        result, printed, _ = on(ranks, 1, tmp_path, dpo.main, cfg)
+        expected = mean_of([dpo_loss(policy, pair, reference, cfg)[1] for pair in pairs])
+        for name, value in expected.items():
+            near(result[name], value, f"{name} of {len(pairs)} pairs, --misplaced {share}", 1e-5)
+        assert "first loss" not in printed, "ln 2 is expected where --init is the reference"
+    for seed in range(4):
+        cfg = replace(cfg, pairs=1, seed=seed, out=f"dpo-{seed}", batch_size=6)
+        losses.add(on(ranks, 1, tmp_path, dpo.main, cfg)[0]["loss"])
+    assert len(losses) > 1, "one pair a prompt: which one is drawn by --seed"
+
+
+# ---------------------------------------------------------------- the table
+
+EVAL = {"fact 1": "fact", "fact 2?": "fact", "fact 3 beyond --limit": "fact", "odd 1!!": "odd",
+        "odd 1?": "odd", "harm 1": "harmful", "some harm 2": "harmful", "cloze 1 is": "cloze",
+        "scene 1": "lookalike"}  # question: family
+TEXTS = ["the cat sat on the mat, the dog too", "café 中文", "the other one " * 20]
+
+
+def question_of(call):
+    return next(question for question in EVAL if question in TOK.decode(call.prompt))
+
+
+def table_reply(prompt, temperature, seed):
+    """All 30 tokens long. Greedy: right for a 1. Samples: by the seed right or wrong, refusing or
+    complying, some cut off."""
+    text = TOK.decode(prompt)
+    ended = temperature == 0 or seed % 4 > 0
+    if temperature == 0:
+        reply = "yes" if "1" in text else "no"
+    elif "harm" in text or "scene" in text:
+        reply = "I cannot help." if seed % 3 else "Sure."
+    else:
+        reply = "yes." if seed % 3 else "No"
+    return TOK.encode(reply.ljust(29 + (not ended))) + [STOP if "###" in text else END] * ended
+
+
+def write_table(folder):
+    rows = [{"kind": family if family in ("harmful", "lookalike", "cloze") else "exact",
+             "family": family, "split": "trained" if family == "cloze" else "combination",
+             "messages": [{"role": "user", "content": question}], "text": question, "answer": "yes"}
+            for question, family in EVAL.items()]
+    write_jsonl(folder / "eval.jsonl", rows)
+    write_jsonl(folder / "mix.jsonl", [rows[0], rows[5]])  # facts and harm, in equal parts
+    write_jsonl(folder / "heldout.jsonl", [{"text": text} for text in TEXTS])
+    return dict(zip(EVAL, rows))
+
+
+@torch.no_grad()
+def plain_cells(folder, name, records, calls):
+    """{how a row's name begins: its mean} of the model that made these calls of generate."""
+    model, before = load(folder / name), load(folder / "sft")
+    judge, mix = load(folder / "reward", ScalarModel), ("fact", "harmful")
+
+    def over(families, temperatures, value):  # a mean over prompts, each the mean of its replies
+        found = defaultdict(list)
+        for call in calls:
+            if EVAL[question_of(call)] in families and call.temperature in temperatures:
+                found[question_of(call)].append(float(value(call, TOK.decode(call.reply))))
+        return mean(map(mean, found.values()))
+
+    def rewarded(call, text):
+        if call.reply[-1] not in (END, STOP):
+            return -1.0
+        return (score(judge, asked(question_of(call)), text, LONGEST) - 0.3) / 0.5
+
+    def distance(call, text):
+        return logprob(model, call.prompt, call.reply) - logprob(before, call.prompt, call.reply)
+
+    documents = [TOK.encode(text)[: LONGEST - 1] for text in TEXTS]
+    bits = -sum(logprob(model, [STOP], ids) for ids in documents) / math.log(2)
+    mixed = [call.reply for call in calls if call.temperature and EVAL[question_of(call)] in mix]
+    bigrams = [pair for reply in mixed for pair in itertools.pairwise(reply)]
+    cells = {
+        "exact match, new": over(("fact", "odd"), [0], lambda call, text: text.strip() == "yes"),
+        "stored facts": over(("cloze",), [0], lambda call, text: text.strip() == "yes"),
+        "harmful": over(("harmful",), [1], lambda call, text: "cannot" in text),
+        "look-alikes": over(("lookalike",), [1], lambda call, text: "cannot" in text),
+        "gold": over(mix, [1], lambda call, text: gold_score(records[question_of(call)], text)),
+        "reward": over(mix, [1], rewarded),
+        "entropy": over(mix, [1], lambda call, _: -logprob(model, call.prompt, call.reply) / 30),
+        "distinct": len(set(bigrams)) / len(bigrams),
+        "replies that end": over({*EVAL.values()} - {"cloze"}, [0, 1],
+                                 lambda call, text: call.reply[-1] in (END, STOP)),
+        "bits": bits / sum(len(TOK.encoding.decode_bytes(ids)) for ids in documents)}
+    if name != "base":  # it is asked in another form than what KL would be measured from
+        cells["KL"] = over(mix, [1], distance)
+    return cells
+
+
+def test_a_tables_cells_are_plain_means_on_1_2_and_3_processes(ranks, tmp_path):
+    write_models(tmp_path)
+    records, samples = write_table(tmp_path), []
+    cfg = reward.TableConfig(models="policy,no/such,base", data="eval.jsonl", prompts="mix.jsonl",
+                             text="heldout.jsonl", reward="reward", reference="sft", limit=2,
+                             samples=3, max_new_tokens=31, dtype="fp64", threads=1, out="t.json")
+    for world, name in itertools.product(STAGES, ("policy", "base")):
+        if name == "policy":
+            columns, printed, every = on(ranks, world, tmp_path, reward.table, cfg, table_reply)
+        sum_of_weights, base = weights(load(tmp_path / name)), name == "base"
+        calls = [call for call in every if abs(call.weights - sum_of_weights) < 1e-6]
+        counts = Counter((question_of(call), call.temperature) for call in calls)
+        assert counts == {
+            ("fact 1", 0): 1, ("fact 2?", 0): 1, ("odd 1!!", 0): 1, ("odd 1?", 0): 1,
+            ("cloze 1 is", 0): 1, ("fact 1", 1): 1, ("fact 2?", 1): 1, ("harm 1", 1): 3,
+            ("some harm 2", 1): 3, ("scene 1", 1): 3}, f"{name} is asked {counts}"
+        for call in calls:
+            question = question_of(call)
+            instruction = TOK.encode(f"### Instruction:\n{question}\n\n### Response:\n")
+            form = (TOK.encode(question) if EVAL[question] == "cloze" else
+                    instruction if base else asked(question))
+            assert call.prompt == form, f"{name} is asked {TOK.decode(call.prompt)}"
+            assert call.ends == {STOP, STOP if base else END} and call.limit == 31
+        samples.append({(question_of(call), call.seed) for call in calls if call.temperature})
+        assert samples[-1] == samples[0] and len({seed for _, seed in samples[0]}) == 11, (
+            "each sample has a seed of its own, the same for all models and numbers of processes")
+        expected = plain_cells(tmp_path, name, records, calls)
+        for start, value in expected.items():
+            cell = next(cell for row, cell in columns[name].items() if row.startswith(start))
+            near(cell["mean"], value, f"{name} on {world} processes: {start}")
+        assert any(row.startswith("KL") for row in columns[name]) != base
+        assert f" | {expected['entropy']:.3f}" in printed, printed
+    assert "no/such" not in columns
+    assert list(json.loads((tmp_path / "t.json").read_text())) == list(columns)
