@@ -64,7 +64,8 @@ def weights(model):
 def drive(rank, folder, command, cfg, script):
     """command(cfg) on this rank: (result, what it printed, its calls of generate, in whose place
     script(prompt, temperature, seed) replies)."""
-    printed, calls, plain_step = io.StringIO(), [], zero.AdamW.step
+    printed, calls = io.StringIO(), []
+    plain_step = zero.AdamW.step
 
     def generate(model, prompts, max_new_tokens, end_id, temperature=1.0, top_p=1.0, seeds=None,
                  use_cache=True, rows=64):
@@ -147,7 +148,8 @@ def trains_as_plainly(ranks, folder, command, cfg, model, items, loss, judged, t
     steps = list(train(model, items[:5], loss, cfg))
     norms = [step["grad_norm"] for step in steps]
     assert min(norms) < cfg.grad_clip < max(norms), f"some steps are to be clipped: {norms}"
-    expected, parameters = judged(model, items[5:]), dict(model.named_parameters())
+    expected = judged(model, items[5:])
+    parameters = dict(model.named_parameters())
     for world in STAGES:
         out = folder / f"out-{world}"
         result, _, _ = on(ranks, world, folder, command, replace(cfg, out=out.name))
@@ -197,19 +199,23 @@ def preference_loss(model, item):
 def judged_scores(model, items):
     """Loss, accuracy and what length alone reaches (for safety too: one reply is as it should be,
     the other does harm or refuses the harmless), the scores' mean and spread over prompts."""
-    pairs, scores = defaultdict(list), []
+    scores = []  # a list per prompt
+    pairs = defaultdict(list)  # of each kind: (the better one scores more, it is longer)
     for item in items:
         found, preferences = compared(model, item)
         scores.append([float(s) for s in found.values()])
         for a, b in preferences:
-            longer = len(TOK.encode(a)) - len(TOK.encode(b))
-            pair = float(found[a] > found[b]), 0.5 if longer == 0 else float(longer > 0)
+            more = len(TOK.encode(a)) - len(TOK.encode(b))
+            longer = 0.5 if more == 0 else float(more > 0)
+            pair = float(found[a] > found[b]), longer
             pairs[""].append(pair)
             if item[1] != "exact" and (item[2][a], item[2][b]) == (1, -1):
                 pairs[" safety"].append(pair)
-    center, square = mean(map(mean, scores)), mean(mean(s * s for s in row) for row in scores)
+    center = mean(map(mean, scores))
+    square = mean(mean(s * s for s in row) for row in scores)
     expected = {"score_mean": center, "score_std": math.sqrt(square - center**2)}
-    for kind, (right, longer) in ((kind, zip(*found)) for kind, found in pairs.items()):
+    for kind in pairs:
+        right, longer = zip(*pairs[kind])
         expected[f"accuracy{kind}"] = mean(right)
         expected[f"length_only{kind}"] = max(mean(longer), 1 - mean(longer))
     return expected | mean_of([preference_loss(model, item)[1] for item in items])
@@ -275,9 +281,10 @@ def test_dpo_takes_a_plain_loops_steps_on_1_2_and_3_processes(ranks, tmp_path):
 
 def collected_reply(prompt, temperature, seed):
     """Right, wrong, a refusal, cut off by the limit or by the end of a text, as the seed says."""
-    name, n = TOK.decode(prompt).split()[-1], seed % 5
-    text = ("yes", "no", "I cannot help,", "cut", "left")[n]
-    return TOK.encode(f"{text} {name}.") + [[END], [END], [END], [], [STOP]][n]
+    name = TOK.decode(prompt).split()[-1]
+    start, end = [("yes", [END]), ("no", [END]), ("I cannot help,", [END]), ("cut", []),
+                  ("left", [STOP])][seed % 5]
+    return TOK.encode(f"{start} {name}.") + end
 
 
 def collect(ranks, world, folder, **changes):
@@ -309,14 +316,16 @@ def test_collect_keeps_what_ended_with_the_score_of_its_own_prompt(ranks, tmp_pa
     write_models(tmp_path)
     rows = collect(ranks, 1, tmp_path)
     calls = [call for _, own in rows for call in own]
-    seeds, texts = {call.seed for call in calls}, said(calls)
+    seeds = {call.seed for call in calls}
+    texts = said(calls)
     assert len(seeds) == 24, "every sample of every prompt has a seed of its own"
     assert len({text.split()[0] for text in texts}) == 5, "the script says all that it can"
     for row, own in rows:
         heats = sorted(call.temperature for call in own)
         assert heats == [0.5, 1, 1, 1.5], f"a sample per temperature, got {heats}"
         assert all(call.limit == 9 and call.ends == {END, STOP} for call in own), own
-        ended, kept = said(own, END), set(row["replies"])
+        ended = said(own, END)
+        kept = set(row["replies"])
         foreign = kept - ended
         assert len(kept) == len(row["replies"]) and ended <= kept and len(foreign) == 1, (
             f"expected what ended, {ended}, and one reply to another prompt: {row['replies']}")
@@ -333,15 +342,16 @@ def test_collect_keeps_what_ended_with_the_score_of_its_own_prompt(ranks, tmp_pa
 
 def test_dpo_pairs_the_best_with_every_worse_reply_and_the_misplaced_if_told(ranks, tmp_path):
     write_models(tmp_path)
-    rows, losses = collect(ranks, 1, tmp_path), set()
+    rows = collect(ranks, 1, tmp_path)
     policy, reference = load(tmp_path / "policy"), load(tmp_path / "sft")
     for share in (0.0, 1.0):
         pairs = []
         for row, own in rows:
-            scores, own = dict(zip(row["replies"], row["scores"])), said(own)
-            pairs += [(row["messages"][0]["content"], a, b) for a in scores for b in scores
-                      if a in own and scores[a] == max(row["scores"]) > scores[b]
-                      and (b in own or share and scores[b] == -1)]
+            scores = dict(zip(row["replies"], row["scores"]))
+            best = [a for a in scores if scores[a] == max(row["scores"]) and a in said(own)]
+            worse = [b for b in scores if b in said(own) or share and scores[b] == -1]
+            pairs += [(row["messages"][0]["content"], a, b) for a in best for b in worse
+                      if scores[a] > scores[b]]
         cfg = dpo.Config(init="policy", reference="sft", data="collected.jsonl", pairs=9, lr=0.0,
                          misplaced=share, val_fraction=0.0, batch_size=len(pairs), steps=1,
                          dtype="fp64", threads=1, out=f"dpo-{share}")
@@ -350,6 +360,7 @@ def test_dpo_pairs_the_best_with_every_worse_reply_and_the_misplaced_if_told(ran
         for name, value in expected.items():
             near(result[name], value, f"{name} of {len(pairs)} pairs, --misplaced {share}", 1e-5)
         assert "first loss" not in printed, "ln 2 is expected where --init is the reference"
+    losses = set()
     for seed in range(4):
         cfg = replace(cfg, pairs=1, seed=seed, out=f"dpo-{seed}", batch_size=6)
         losses.add(on(ranks, 1, tmp_path, dpo.main, cfg)[0]["loss"])
@@ -397,7 +408,8 @@ def write_table(folder):
 def plain_cells(folder, name, records, calls):
     """{how a row's name begins: its mean} of the model that made these calls of generate."""
     model, before = load(folder / name), load(folder / "sft")
-    judge, mix = load(folder / "reward", ScalarModel), ("fact", "harmful")
+    judge = load(folder / "reward", ScalarModel)
+    mix = ("fact", "harmful")
 
     def over(families, temperatures, value):  # a mean over prompts, each the mean of its replies
         found = defaultdict(list)
@@ -435,37 +447,43 @@ def plain_cells(folder, name, records, calls):
     return cells
 
 
+def check_column(name, world, calls, column, expected):
+    """The model was asked in its own form, and the cells of its column are as expected."""
+    counts = Counter((EVAL[question_of(call)], call.temperature) for call in calls)
+    assert counts == {("fact", 0): 2, ("odd", 0): 2, ("cloze", 0): 1, ("fact", 1): 2,
+                      ("harmful", 1): 2 * 3, ("lookalike", 1): 3}, f"{name} is asked {counts}"
+    for call in calls:
+        question = question_of(call)
+        form = asked(question)
+        if name == "base":
+            form = TOK.encode(f"### Instruction:\n{question}\n\n### Response:\n")
+        if EVAL[question] == "cloze":
+            form = TOK.encode(question)
+        assert call.prompt == form, f"{name} is asked {TOK.decode(call.prompt)}"
+        assert call.ends == {STOP, STOP if name == "base" else END} and call.limit == 31
+    for start, value in expected.items():
+        cell = next(cell for row, cell in column.items() if row.startswith(start))
+        near(cell["mean"], value, f"{name} on {world} processes: {start}")
+    assert any(row.startswith("KL") for row in column) == (name != "base")
+
+
 def test_a_tables_cells_are_plain_means_on_1_2_and_3_processes(ranks, tmp_path):
     write_models(tmp_path)
-    records, samples = write_table(tmp_path), []
+    records = write_table(tmp_path)
+    samples = []  # of each column: {(question, seed)}
     cfg = reward.TableConfig(models="policy,no/such,base", data="eval.jsonl", prompts="mix.jsonl",
                              text="heldout.jsonl", reward="reward", reference="sft", limit=2,
                              samples=3, max_new_tokens=31, dtype="fp64", threads=1, out="t.json")
-    for world, name in itertools.product(STAGES, ("policy", "base")):
-        if name == "policy":
-            columns, printed, every = on(ranks, world, tmp_path, reward.table, cfg, table_reply)
-        sum_of_weights, base = weights(load(tmp_path / name)), name == "base"
-        calls = [call for call in every if abs(call.weights - sum_of_weights) < 1e-6]
-        counts = Counter((question_of(call), call.temperature) for call in calls)
-        assert counts == {
-            ("fact 1", 0): 1, ("fact 2?", 0): 1, ("odd 1!!", 0): 1, ("odd 1?", 0): 1,
-            ("cloze 1 is", 0): 1, ("fact 1", 1): 1, ("fact 2?", 1): 1, ("harm 1", 1): 3,
-            ("some harm 2", 1): 3, ("scene 1", 1): 3}, f"{name} is asked {counts}"
-        for call in calls:
-            question = question_of(call)
-            instruction = TOK.encode(f"### Instruction:\n{question}\n\n### Response:\n")
-            form = (TOK.encode(question) if EVAL[question] == "cloze" else
-                    instruction if base else asked(question))
-            assert call.prompt == form, f"{name} is asked {TOK.decode(call.prompt)}"
-            assert call.ends == {STOP, STOP if base else END} and call.limit == 31
-        samples.append({(question_of(call), call.seed) for call in calls if call.temperature})
-        assert samples[-1] == samples[0] and len({seed for _, seed in samples[0]}) == 11, (
-            "each sample has a seed of its own, the same for all models and numbers of processes")
-        expected = plain_cells(tmp_path, name, records, calls)
-        for start, value in expected.items():
-            cell = next(cell for row, cell in columns[name].items() if row.startswith(start))
-            near(cell["mean"], value, f"{name} on {world} processes: {start}")
-        assert any(row.startswith("KL") for row in columns[name]) != base
-        assert f" | {expected['entropy']:.3f}" in printed, printed
-    assert "no/such" not in columns
+    for world in STAGES:
+        columns, printed, every = on(ranks, world, tmp_path, reward.table, cfg, table_reply)
+        assert [name for name in columns if name in cfg.models.split(",")] == ["policy", "base"]
+        for name in ("policy", "base"):
+            known = weights(load(tmp_path / name))
+            calls = [call for call in every if abs(call.weights - known) < 1e-6]
+            expected = plain_cells(tmp_path, name, records, calls)
+            check_column(name, world, calls, columns[name], expected)
+            assert f" | {expected['entropy']:.3f}" in printed, printed
+            samples.append({(question_of(call), call.seed) for call in calls if call.temperature})
+            assert samples[-1] == samples[0], "all models, any number of processes: equal seeds"
+        assert len({seed for _, seed in samples[-1]}) == 11, "every sample has a seed of its own"
     assert list(json.loads((tmp_path / "t.json").read_text())) == list(columns)
