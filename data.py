@@ -725,39 +725,6 @@ def gold_score(record: dict, reply: str) -> float:
     return -0.5 if record.get("kind") == "harmful" and verdict == "wrong" else GOLD[verdict]
 
 
-# ======================================================================== chat (对话)
-
-
-def chat(stream, folder, prompt, system, template, seed, context):
-    """Talks with a model: stream(ids, end_id, seed) yields token ids. With a prompt, one question
-    is answered; else the user types, and /new forgets what was said."""
-    tokenizer = Tokenizer.load(folder)
-    start = [{"role": "system", "content": system}] if system else []
-    end = tokenizer.ids["<|endoftext|>" if template == "none" else "<|end|>"]
-    messages = list(start)
-    while True:
-        try:
-            text = prompt or input("\n> ")
-        except (EOFError, KeyboardInterrupt):
-            return print()
-        if text.strip() == "/new" and not prompt:
-            messages = list(start)
-            continue
-        text = unicodedata.normalize("NFKC", text)  # the form of the cleaned text it has learned
-        messages.append({"role": "user", "content": text})
-        ids, _ = render(messages, tokenizer, template)
-        reply, shown = [], ""
-        for token in stream(ids[-(context - 1) :], end, seed + len(messages)):
-            reply.append(token)
-            text = tokenizer.decode(reply).rstrip("\ufffd")  # a Han character may miss some bytes
-            print(text[len(shown) :], end="", flush=True)
-            shown = text
-        print()
-        messages.append({"role": "assistant", "content": shown})
-        if prompt:
-            return
-
-
 # ========================================================================
 # ======================================================================== the default world (语料)
 # Read once, or never: no training script uses anything below.

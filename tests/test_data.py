@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import regex
-from data import IGNORE, PATTERN, SPECIALS, Tokenizer, Tokens, chat, collate, epoch_rows, fit
+from data import IGNORE, PATTERN, SPECIALS, Tokenizer, Tokens, collate, epoch_rows, fit
 from data import gold_score, micro_batches, pad_rows, read_comparisons, read_conversations
 from data import read_texts, render, show, train_bpe
 
@@ -376,18 +376,3 @@ def test_users_own_questions_with_an_answer_can_be_judged(tmp_path):
     [record] = read_conversations(write(tmp_path / "a.jsonl", GOOD))
     assert gold_score(record, "b") == 1.0 and gold_score(record, "c") == 0.0
     assert gold_score({"answer": 4}, "4") == 1.0
-
-
-def test_the_chat_brings_text_into_normal_form_remembers_it_and_forgets(tmp_path, monkeypatch):
-    BYTES.save(tmp_path)
-    said, heard = ["/new", "ｈｉ，", "b", "/new", "c"], []
-    monkeypatch.setattr("builtins.input", lambda _: said.pop(0))
-
-    def stream(ids, end_id, seed):
-        heard.append(ids)
-        yield from [*"好".encode(), end_id]
-
-    with pytest.raises(IndexError):  # nothing more is said
-        chat(stream, tmp_path, "", "", "chat", 0, 100)
-    turns = talk("hi,"), talk("hi,", "好", "b"), talk("c")
-    assert heard == [render(messages, BYTES)[0] for messages in turns]
