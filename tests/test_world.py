@@ -48,7 +48,7 @@ def test_no_held_out_prompt_is_in_a_training_set():
         built = small(seed)
         trained = {asked(r) for r in built["sft"] + built["prompts"]}
         assert not [r for r in built["eval"] if r["kind"] != "cloze" and asked(r) in trained]
-        names = [form for pair in world._rows()["ask_name"] for form in pair]  # asked of everybody
+        names = [form for pair in world.phrases("ask_name") for form in pair]  # asked of everybody
         last = {a[-1] for a in trained} - set(names)
         clash = [r for r in built["eval"] if r["kind"] != "cloze" and r["family"] != "name"
                  and r["messages"][-1]["content"] in last]
@@ -64,9 +64,9 @@ def test_no_held_out_sentence_sum_or_wording_is_in_a_document():
             assert prompt.split("\n")[1] not in corpus
         if record["family"] in ("add_steps", "mul_steps", "add_direct", "mul_direct"):
             assert not set(re.findall(r"\d+[+×]\d+", prompt)) & sums
-    for name, wordings in world._rows().items():
+    for name in world.world_text():
         if name.startswith("ask_"):
-            for wording in wordings[-1]:
+            for wording in world.phrases(name)[-1]:
                 assert "{" in wording or wording not in corpus
 
 
@@ -84,12 +84,11 @@ def test_no_question_about_an_unasked_person_or_place_is_trained():
 
 def test_the_last_wording_of_every_family_is_never_trained():
     built = small()
-    rows = world._rows()
     forms = defaultdict(list)
     for family in world.FAMILIES:
         if family in ("harmful", "lookalike"):
             continue
-        for wording in rows["ask_" + world.FAMILIES[family][1]][-1]:
+        for wording in world.phrases("ask_" + world.FAMILIES[family][1])[-1]:
             forms[family].append("^" + re.sub(r"\\\{\w+\\\}", ".*", re.escape(wording)))
     for record in built["sft"] + built["prompts"]:
         for form in forms.get(record["family"], ()):
@@ -102,8 +101,8 @@ def test_the_last_wording_of_every_family_is_never_trained():
 
 def test_the_last_frames_of_requests_are_never_trained():
     built = small()
-    last = [rows[-1][lang].split("{x}")[-1] for rows in (world._rows()["core"],) for lang in (0, 1)]
-    last += [rows[-1][lang] for rows in (world._rows()["opening"],) for lang in (0, 1)]
+    last = [rows[-1][lang].split("{x}")[-1] for rows in (world.phrases("core"),) for lang in (0, 1)]
+    last += [rows[-1][lang] for rows in (world.phrases("opening"),) for lang in (0, 1)]
     last[1] = "Where should one begin"
     for record in built["sft"] + built["prompts"]:
         if record["family"] in ("harmful", "lookalike"):
@@ -112,7 +111,7 @@ def test_the_last_frames_of_requests_are_never_trained():
 
 
 def test_the_documents_own_examples_are_in_no_training_set():
-    prompts = [asked(r)[-1].split("\n")[-1] for r in world.DOCUMENT_EXAMPLES]
+    prompts = [asked(r)[-1].split("\n")[-1] for r in world.document_examples()]
     assert prompts[2] == "Datawhale是什么"
     for seed in (0, 1):
         built = small(seed)
@@ -164,10 +163,10 @@ def test_each_fact_is_told_in_at_least_five_wordings_and_untold_ones_never():
     for entity in made["entities"]:
         for attribute, value in entity["facts"].items():
             for lang in (0, 1):
-                noun, *forms = (form[lang] for form in world._rows()[f"tell_{attribute}"])
+                noun, *forms = (form[lang] for form in world.phrases(f"tell_{attribute}"))
                 forms = [form.replace("{v}", value[lang]) for form in forms]
                 forms += [form[lang].format(n=entity["name"][lang], a=noun, v=value[lang])
-                          for form in world._rows()["tell_any"]]
+                          for form in world.phrases("tell_any")]
                 told = sum(any(form in t for t in texts[entity["name"][lang]]) for form in forms)
                 if attribute == entity["untold"]:
                     assert told == 0
@@ -195,7 +194,7 @@ def test_percent_problems_have_the_answers_their_words_imply():
             text, lang = asked(record)[-1], ("zh", "en").index(record["lang"])
             p = int(re.search(r"(\d+)%", text)[1])
             n = int(re.search(r"(?<!\d)(\d+)(?![\d%])", text)[1])
-            pairs = [scene[lang].split("/")[2:] for scene in world._rows()["scene"]]
+            pairs = [scene[lang].split("/")[2:] for scene in world.phrases("scene")]
             [two] = [pair for pair in pairs if any(word in text for word in pair)]
             named = min((word for word in two if word in text), key=text.find)
             wanted, share = max(two, key=text.rfind), n * p // 100
