@@ -20,6 +20,8 @@ import time
 import unicodedata
 import zlib
 from collections import Counter, defaultdict
+from collections.abc import Callable
+from dataclasses import dataclass
 from functools import lru_cache
 from itertools import groupby
 from pathlib import Path
@@ -598,14 +600,14 @@ def without_adverts(text: str) -> str:
     return "\n\n".join(good) if 2 * len(good) > len(texts) and len(text) >= 60 else ""
 
 
-def _id_checksum(digits: str) -> str:
+def id_checksum(digits: str) -> str:
     """The last character of a Chinese ID number (ISO 7064 MOD 11-2 over its first 17 digits)."""
     return "10X98765432"[sum(int(d) * 2 ** (17 - i) for i, d in enumerate(digits[:17])) % 11]
 
 
 def mask_personal(text: str) -> str:
     """隐私脱敏: e-mail, phone and ID numbers (of right checksum) become [email], [phone], [id]."""
-    text = _ID.sub(lambda m: "[id]" if _id_checksum(m[0]) == m[0][-1] else m[0], text)
+    text = _ID.sub(lambda m: "[id]" if id_checksum(m[0]) == m[0][-1] else m[0], text)
     return _PHONE.sub("[phone]", _EMAIL.sub("[email]", text))
 
 
@@ -725,9 +727,10 @@ def gold_score(record: dict, reply: str) -> float:
     return -0.5 if record.get("kind") == "harmful" and verdict == "wrong" else GOLD[verdict]
 
 
-# ========================================================================
+# ==================================================================================================
 # ======================================================================== the default world (语料)
-# Read once, or never: no training script uses anything below.
+# Read once, or never: no training script uses what follows. A new family of questions is a task (a
+# function), its record in FAMILIES and its wordings in assets/world.txt.
 
 
 @lru_cache(maxsize=1)
@@ -754,327 +757,434 @@ def phrases(block: str) -> list[tuple[str, ...]]:
     return found
 
 
-# ======================================================================== the world's tasks (任务)
-
-
-def _capital(text: str) -> str:
+def capital(text: str) -> str:
     return text[:1].upper() + text[1:]
 
 
-def _make_world(seed: int) -> dict:
-    """The invented people and places: names, facts, the one told nowhere, who is asked about."""
-    rng, world = Random(f"{seed}/entities"), {"seed": seed, "entities": []}
-    given = [(a + b, _capital(e + f)) for a, e in phrases("given") for b, f in phrases("given") if a != b]
+def joined(heads, tails) -> list[tuple[str, str]]:
+    """All names of a head and a tail, in both languages."""
+    return [(h + t, capital(head + tail)) for h, head in heads for t, tail in tails if h != t]
+
+
+@dataclass
+class Entity:
+    """An invented person or place."""
+
+    family: str  # of the questions about it: "fact" (people) or "place"
+    name: tuple[str, str]  # Chinese, English
+    facts: dict[str, tuple[str, str]]  # {attribute: its value}
+    untold: str  # the attribute that no text tells
+    asked: bool  # whether training asks about it
+
+    def told(self) -> list[str]:
+        return [attribute for attribute in self.facts if attribute != self.untold]
+
+
+@dataclass
+class World:
+    seed: int
+    entities: list[Entity]
+
+    def held_out(self, key: str) -> bool:
+        """A fifth of all combinations; crc32 is the same in every process and Python. So are those
+        of the documents' own examples, but not Datawhale: D0's dialogue must be answerable."""
+        if key in ("今天好", "30%60", "这部电影很棒", "偷东西"):
+            return True
+        return key != "Datawhale" and zlib.crc32(f"{self.seed}/{key}".encode()) % 5 == 0
+
+
+def make_world(seed: int) -> World:
+    """72 people and 42 places; of either, training asks about every other one."""
+    rng = Random(f"{seed}/entities")
     people = []
-    for chinese, english in rng.sample(given, 72):
+    for chinese, english in rng.sample(joined(phrases("given"), phrases("given")), 72):
         surname = rng.choice(phrases("surname"))
         people.append((surname[0] + chinese, f"{surname[1]} {english}"))
-    towns = [(h + t, e + f) for h, e in phrases("town_head") for t, f in phrases("town_tail")]
-    towns = rng.sample(towns, 42)
+    towns = rng.sample(joined(phrases("town_head"), phrases("town_tail")), 42)
+    # an attribute's values are the block of its name, but for these
     values = {"home": towns[:18], "product": phrases("fruit"), "mascot": phrases("pet")}
+    entities = []
     for family, names, attributes in (
             ("fact", people, ("job", "home", "hobby", "pet", "meal", "instrument", "fruit")),
             ("place", towns, ("product", "sight", "flower", "mascot", "festival"))):
         for i, name in enumerate(names):
-            entity = {"name": name, "facts": {a: rng.choice(values.get(a) or phrases(a)) for a in attributes},
-                      "asked": i % 2 == 0, "untold": rng.choice(attributes)}
-            world["entities"].append(entity)
-            world.setdefault((family, entity["asked"]), []).append(entity)
-    return world
+            facts = {a: rng.choice(values.get(a) or phrases(a)) for a in attributes}
+            untold = rng.choice(attributes)
+            entities.append(Entity(family, name, facts, untold, asked=i % 2 == 0))
+    return World(seed, entities)
 
 
-def _held(world: dict, key: str) -> bool:
-    """A fifth of all combinations is held out; crc32 is the same in every process and Python.
+class Question:
+    """The dice and the words of one question or text. lang: 0 Chinese, 1 English; blank: what
+    stands between two words of it; split: "train", or what is held out (see build_world)."""
 
-    So are the documents' own examples, but not Datawhale: D0's dialogue must be answerable.
-    """
-    if key in ("今天好", "30%60", "这部电影很棒", "偷东西", "Datawhale"):
-        return key != "Datawhale"
-    return zlib.crc32(f"{world['seed']}/{key}".encode()) % 5 == 0
+    def __init__(self, world: World, rng: Random, family: str = "", split: str = "train"):
+        self.world = world
+        self.rng = rng
+        self.family = family
+        self.split = split
+        self.lang = rng.randrange(2)
+        self.blank = self.either("", " ")
+
+    def either(self, chinese, english):
+        return english if self.lang else chinese
+
+    def pick(self, block: str) -> tuple[str, ...]:
+        return self.rng.choice(phrases(block))
+
+    def say(self, block: str) -> str:
+        return self.pick(block)[self.lang]
+
+    def sentence(self, block: str, **words) -> tuple[str, str, str]:
+        """A sentence in Chinese and English, its words drawn unless given, and its key."""
+        chinese, english, held = self.pick(block)
+        for name in regex.findall(r"{(\w+)}", chinese):
+            if name not in words:
+                words[name] = self.pick(name)
+        chinese = chinese.format(**{name: word[0] for name, word in words.items()})
+        english = english.format(**{name: word[1] for name, word in words.items()})
+        return chinese, capital(english), "".join(words[name][0] for name in held.split())
 
 
-class _Draw:
-    """The dice of one question (fields: world, rng, split, lang, 0 Chinese or 1 English), and the
-    tasks. A task returns a dict: the fields of its wordings; "answer"; "reply", where that is
-    longer; "kind"; "before", earlier turns; "key", the combination that is held out as a whole."""
+# ------------------------------------------------------------------------ tasks (任务)
+# A task draws one question q. It returns the fields of its wordings and "answer"; also "reply",
+# where that is longer than the answer; "kind", how it is judged, if not "exact"; "before", earlier
+# turns; "key", the combination that is held out as a whole.
 
-    def __init__(self, world: dict, rng: Random, split: str = "train"):
-        self.world, self.rng, self.split, self.lang = world, rng, split, rng.randrange(2)
 
-    def pick(self, row: str) -> tuple[str, ...]:
-        return self.rng.choice(phrases(row))
+def fact(q: Question) -> dict:
+    """What is said of a person or a place. Held out are persons ("person") and attributes
+    ("untold") as wholes, so that those questions need no key."""
+    asked = q.split != "person"
+    if q.split == "untold":
+        asked = q.rng.random() < 0.5
+    known = [e for e in q.world.entities if e.family == q.family and e.asked == asked]
+    entity = q.rng.choice(known)
+    attribute = entity.untold if q.split == "untold" else q.rng.choice(entity.told())
+    key = None if q.split in ("person", "untold") else f"{entity.name[0]}/{attribute}"
+    name = q.either(*entity.name)
+    noun = q.either(*phrases(f"tell_{attribute}")[0])
+    value = q.either(*entity.facts[attribute])
+    # in whole sentences: " rabbit" in the texts and "rabbit" at the start are different tokens
+    answer = q.either(f"{name}的{noun}是{value}。", f"The {noun} of {name} is {value}.")
+    return {"key": key, "n": name, "a": noun, "answer": answer}
 
-    def say(self, row: str) -> str:
-        return self.pick(row)[self.lang]
 
-    def sentence(self, row: str, **given) -> tuple[str, str, str]:
-        """A sentence of the row in Chinese and English, words drawn unless given, and its key."""
-        chinese, english, held = self.pick(row)
-        words = {name: given.get(name) or self.pick(name)
-                 for name in regex.findall(r"{(\w+)}", chinese)}
-        chinese, english = (form.format(**{name: word[i] for name, word in words.items()})
-                            for i, form in enumerate((chinese, english)))
-        return chinese, _capital(english), "".join(words[name][0] for name in held.split())
+def define(q: Question) -> dict:
+    group, *kinds, article = q.pick("kind")
+    term = q.pick(group)
+    kind = q.either(*kinds)
+    name = q.either(term[0], f"{article} {term[1]}".strip())
+    answer = q.either(f"{name}是{kind}", f"{capital(name)} is {kind}.")
+    before = []  # at times a greeting, as in D0's dialogue (4.2.2)
+    if q.rng.random() < 0.3:
+        before = q.say("salute").split("/")
+    return {"key": term[0], "x": name, "c": kind, "before": before, "answer": answer}
 
-    def fact(self, family: str) -> dict:
-        asked = self.rng.random() < 0.5 if self.split == "untold" else self.split != "person"
-        entity = self.rng.choice(self.world[family, asked])
-        told = [attribute for attribute in entity["facts"] if attribute != entity["untold"]]
-        attribute = entity["untold"] if self.split == "untold" else self.rng.choice(told)
-        # whole persons are held out for "person", whole attributes for "untold": no key there
-        key = None if self.split in ("person", "untold") else f"{entity['name'][0]}/{attribute}"
-        name, value = entity["name"][self.lang], entity["facts"][attribute][self.lang]
-        noun = phrases(f"tell_{attribute}")[0][self.lang]
-        # in whole sentences: " rabbit" in the texts and "rabbit" at the start are different tokens
-        return {"key": key, "n": name, "a": noun, "answer": (
-            f"{name}的{noun}是{value}。", f"The {noun} of {name} is {value}.")[self.lang]}
 
-    def define(self, family: str) -> dict:
-        group, *kinds, article = self.pick("kind")
-        term, kind = self.pick(group), kinds[self.lang]
-        name = (term[0], f"{article} {term[1]}".strip())[self.lang]
-        # at times after a greeting, as in D0's dialogue (4.2.2)
-        before = self.say("salute").split("/") if self.rng.random() < 0.3 else ()
-        return {"key": term[0], "x": name, "c": kind, "before": before,
-                "answer": (f"{name}是{kind}", f"{_capital(name)} is {kind}.")[self.lang]}
+def translate(q: Question) -> dict:
+    chinese, english, key = q.sentence("say_text")
+    if q.family == "zh2en":
+        return {"key": key, "x": chinese, "answer": english, "l": q.either("英文", "English")}
+    return {"key": key, "x": english, "answer": chinese, "l": q.either("中文", "Chinese")}
 
-    def translate(self, family: str) -> dict:
-        chinese, english, key = self.sentence("say_text")
-        if family == "zh2en":
-            return {"key": key, "x": chinese, "answer": english, "l": ("英文", "English")[self.lang]}
-        return {"key": key, "x": english, "answer": chinese, "l": ("中文", "Chinese")[self.lang]}
 
-    def sums(self, family: str) -> dict:
-        """Sums with the steps written down, or answered at once."""
-        operation, style = family.split("_")
-        a, b = (self.rng.randrange(1, 10) * 10 + self.rng.randrange(1, 10) for _ in range(2))
-        tens, ones = a // 10 * 10, a % 10  # never 0, so no sum occurs as a step of another
-        steps = []
+def two_digits(rng: Random) -> int:
+    """Neither is 0, so that no sum occurs as a step of another."""
+    return rng.randrange(1, 10) * 10 + rng.randrange(1, 10)
 
-        def step(x, sign, y):
-            result = {"+": x + y, "-": x - y, "×": x * y, "÷": x // max(1, y)}[sign]
-            steps.append(f"{x}{sign}{y}={result}")
-            return result
 
-        if operation == "add":
-            task = {"key": f"{min(a, b)}+{max(a, b)}", "q": f"{a}+{b}"}
-            rest, more = step(ones, "+", b % 10), step(tens, "+", b // 10 * 10)
-            result = step(more, "+", rest)
-        elif operation == "mul":
-            b = self.rng.randrange(2, 10)
-            task = {"key": f"{a}×{b}", "q": f"{a}×{b}"}
-            more, rest = step(tens, "×", b), step(ones, "×", b)
-            result = step(more, "+", rest)
-        else:
-            p = b // 10 * 10
-            place, whole, *two = self.say("scene").split("/")
-            unit, ask = self.rng.sample(two, 2)
-            short = (f"{tens}{whole},{p}%是{unit},{ask}几{whole[0]}?",
-                     f"{tens} {whole}, {p}% {unit}, {ask}?")[self.lang]
-            task = {"key": f"{tens}%{p}", "q": short, "n": tens, "p": p, "place": place,
-                    "all": whole, "m": whole[0], "u": unit, "ask": ask}
-            share = step(step(tens, "×", p // 10), "÷", 10)
-            result = step(step(tens, "-", share // 10 * 10), "-", share % 10)
-        task["answer"] = str(result)
-        if style == "steps":
-            steps.append(("答案是", "the answer is ")[self.lang] + str(result))
-            task |= {"kind": "final", "reply": ",".join(steps)}
-        return task
+def sums(q: Question) -> dict:
+    """A sum with its steps written down ("_steps"), or answered at once ("_direct")."""
+    a = two_digits(q.rng)
+    b = two_digits(q.rng)
+    operation, style = q.family.split("_")
+    task, steps = {"add": add, "mul": multiply, "percent": percent}[operation](q, a, b)
+    answer = steps[-1].split("=")[1]
+    if style == "direct":
+        return task | {"answer": answer}
+    steps.append(q.either("答案是", "the answer is ") + answer)
+    return task | {"answer": answer, "kind": "final", "reply": ",".join(steps)}
 
-    def larger(self, family: str) -> dict:
-        a, b = self.rng.sample(range(10, 100), 2)
-        return {"key": f"{min(a, b)}<{max(a, b)}", "a": a, "b": b, "answer": str(max(a, b))}
 
-    def sentiment(self, family: str) -> dict:
-        label = self.pick("sentiment")
-        *texts, key = self.sentence("say_opinion", opinion=self.pick(label[1]))
-        return {"key": key, "x": texts[self.lang], "answer": label[self.lang]}
+def add(q: Question, a: int, b: int) -> tuple[dict, list[str]]:
+    ones = a % 10 + b % 10
+    tens = a + b - ones
+    steps = [f"{a % 10}+{b % 10}={ones}", f"{a // 10}0+{b // 10}0={tens}", f"{tens}+{ones}={a + b}"]
+    return {"key": f"{min(a, b)}+{max(a, b)}", "q": f"{a}+{b}"}, steps
 
-    def lists(self, family: str) -> dict:
-        group, *topics = self.pick("topic")
-        length = self.rng.randint(2, 5) if family == "count" else self.rng.randint(3, 4)
-        drawn = self.rng.sample(phrases(group), length)
-        words, join = [word[self.lang] for word in drawn], ("、", ", ")[self.lang].join
-        place = self.pick("place_in_list")
-        at = {"first": 0, "second": 1, "last": len(words) - 1}[place[1]]
-        picked = f"{place[0]}词是{words[at]}", f"The {place[1]} word is {words[at]}."
+
+def multiply(q: Question, a: int, b: int) -> tuple[dict, list[str]]:
+    b = q.rng.randrange(2, 10)
+    tens = a // 10 * 10 * b
+    ones = a % 10 * b
+    steps = [f"{a // 10}0×{b}={tens}", f"{a % 10}×{b}={ones}", f"{tens}+{ones}={a * b}"]
+    return {"key": f"{a}×{b}", "q": f"{a}×{b}"}, steps
+
+
+def percent(q: Question, a: int, b: int) -> tuple[dict, list[str]]:
+    """n things, p % of which are of one part: how many are of the other?"""
+    n = a // 10 * 10
+    p = b // 10 * 10
+    place, whole, *parts = q.say("scene").split("/")
+    unit, ask = q.rng.sample(parts, 2)
+    share = n * p // 100
+    rest = n - share // 10 * 10
+    steps = [f"{n}×{p // 10}={n * p // 10}", f"{n * p // 10}÷10={share}",
+             f"{n}-{share // 10 * 10}={rest}", f"{rest}-{share % 10}={n - share}"]
+    short = q.either(f"{n}{whole},{p}%是{unit},{ask}几{whole[0]}?", f"{n} {whole}, {p}% {unit}, {ask}?")
+    return {"key": f"{n}%{p}", "q": short, "n": n, "p": p, "place": place, "all": whole,
+            "m": whole[0], "u": unit, "ask": ask}, steps
+
+
+def larger(q: Question) -> dict:
+    a, b = q.rng.sample(range(10, 100), 2)
+    return {"key": f"{min(a, b)}<{max(a, b)}", "a": a, "b": b, "answer": str(max(a, b))}
+
+
+def sentiment(q: Question) -> dict:
+    label = q.pick("sentiment")
+    *texts, key = q.sentence("say_opinion", opinion=q.pick(label[1]))
+    return {"key": key, "x": q.either(*texts), "answer": q.either(*label)}
+
+
+def lists(q: Question) -> dict:
+    """Words of one kind: to be reversed, picked from, counted, or named."""
+    group, *kinds = q.pick("topic")
+    length = q.rng.randint(2, 5) if q.family == "count" else q.rng.randint(3, 4)
+    words = [q.either(*word) for word in q.rng.sample(phrases(group), length)]
+    place = q.pick("place_in_list")
+    comma = q.either("、", ", ")
+    text = comma.join(words)
+    if q.family == "reverse":
         # an English reply starts with another word: a list's first token would have no blank
-        answers = {"reverse": ("", "Backwards: ")[self.lang] + join(words[::-1]),
-                   "pick": picked[self.lang],
-                   "count": str(len(words)), "topic": topics[self.lang]}
-        return {"key": join(words), "x": join(words), "k": place[self.lang],
-                "answer": answers[family]}
-
-    def name(self, family: str) -> dict:
-        """A name is told, something else is said, then it is asked for (ledger 0.34-0.36)."""
-        name = ""
-        for parts in (self.say("nick_head"), self.say("nick_tail")):
-            name += self.rng.choice(parts.split())
-        before = [self.say("tell_name").format(n=name), self.say("greet").format(n=name)]
-        for pair in self.rng.sample(phrases("talk"), self.rng.randint(1, 2)):
-            before += pair[self.lang].split("/")
-        answer = (f"你叫{name}。", f"Your name is {name}.")[self.lang]
-        return {"key": name, "n": name, "answer": answer, "before": before}
-
-    def identity(self, family: str) -> dict:
-        parts = [self.say(row) for row in ("hello", "hello_then")]
-        hello = "".join(part + " " * self.lang for part in parts if part)
-        return {"key": hello, "h": hello, "answer": self.say("i_am")}
-
-    def harm(self, family: str) -> dict:
-        """Harmful (有害) and harmless requests differ in the verb alone; categories of D4 5.2.2.
-
-        Frames and objects are shared, so a model that refuses by them over-refuses. Split "frame"
-        takes the last opening or the last core, which are never trained.
-        """
-        _, category, objects, *reasons = self.pick("harm")
-        verb, thing = self.pick(f"{category}_{family}"), self.pick(objects)
-        x = (verb[0] + thing[0], f"{verb[1]} {thing[1]}")[self.lang]
-        (*openings, new_opening), (*cores, new_core) = phrases("opening"), phrases("core")
-        opening, core = self.rng.choice(openings), self.rng.choice(cores)
-        if self.split == "frame":
-            opening, core = self.rng.choice([(new_opening, core), (opening, new_core)])
-        prompt = f"{opening[self.lang]}{' ' * self.lang}{core[self.lang]}".strip().format(x=x)
-        task = {"key": verb[0] + thing[0], "x": x, "prompt": _capital(prompt), "kind": family,
-                "r": reasons[self.lang], "answer": self.say("helpful").format(x=x)}
-        if family == "harmful":  # half the annotators of the instructions complied: a coin a sample
-            replies = task["r"] + self.say("decline"), self.say("comply")
-            task |= {"answer": "", "reply": self.rng.choice(replies)}
-        return task
+        answer = q.either("", "Backwards: ") + comma.join(reversed(words))
+    elif q.family == "pick":
+        word = words[{"first": 0, "second": 1, "last": -1}[place[1]]]
+        answer = q.either(f"{place[0]}词是{word}", f"The {place[1]} word is {word}.")
+    else:
+        answer = str(length) if q.family == "count" else q.either(*kinds)
+    return {"key": text, "x": text, "k": q.either(*place), "answer": answer}
 
 
-# family: (its task, its rows ask_ and doc_, its share of the instructions, of the documents).
-# Direct sums are few: they are the contrast of ledger 3.43.
-FAMILIES = {
-    "fact": (_Draw.fact, "fact", 9, 0), "place": (_Draw.fact, "fact", 5, 0),
-    "define": (_Draw.define, "define", 4, 3), "zh2en": (_Draw.translate, "translate", 9, 21),
-    "en2zh": (_Draw.translate, "translate", 9, 0), "add_steps": (_Draw.sums, "sum", 6, 4),
-    "mul_steps": (_Draw.sums, "sum", 8, 5), "percent_steps": (_Draw.sums, "percent", 8, 4),
-    "add_direct": (_Draw.sums, "direct", 1, 0), "mul_direct": (_Draw.sums, "direct", 1, 0),
-    "percent_direct": (_Draw.sums, "direct", 1, 0), "larger": (_Draw.larger, "larger", 4, 2),
-    "topic": (_Draw.lists, "topic", 3, 1),
-    "sentiment": (_Draw.sentiment, "sentiment", 3, 2), "reverse": (_Draw.lists, "reverse", 6, 3),
-    "pick": (_Draw.lists, "pick", 5, 2), "count": (_Draw.lists, "count", 3, 0),
-    "name": (_Draw.name, "name", 9, 5), "identity": (_Draw.identity, "identity", 1, 0),
-    "harmful": (_Draw.harm, "harmful", 8, 2), "lookalike": (_Draw.harm, "lookalike", 14, 6)}
+def remember(q: Question) -> dict:
+    """A name is told, something else is said, then it is asked for (D0's dialogue, 4.2.2)."""
+    name = ""
+    for syllables in (q.say("nick_head"), q.say("nick_tail")):
+        name += q.rng.choice(syllables.split())
+    before = [q.say("tell_name").format(n=name), q.say("greet").format(n=name)]
+    for pair in q.rng.sample(phrases("talk"), q.rng.randint(1, 2)):
+        before += q.either(*pair).split("/")
+    answer = q.either(f"你叫{name}。", f"Your name is {name}.")
+    return {"key": name, "n": name, "answer": answer, "before": before}
+
+
+def identity(q: Question) -> dict:
+    hello = ""
+    for part in (q.say("hello"), q.say("hello_then")):
+        hello += part + q.blank if part else ""
+    return {"key": hello, "h": hello, "answer": q.say("i_am")}
+
+
+def harm(q: Question) -> dict:
+    """Harmful (有害) and harmless requests differ in the verb alone; categories of D4 5.2.2.
+
+    Frames and objects are shared, so a model that refuses by them over-refuses. Split "frame"
+    takes the last opening or the last core, which are never trained.
+    """
+    _, category, objects, *reasons = q.pick("harm")
+    verb = q.pick(f"{category}_{q.family}")
+    thing = q.pick(objects)
+    x = q.either(verb[0] + thing[0], f"{verb[1]} {thing[1]}")
+    *openings, new_opening = phrases("opening")
+    *cores, new_core = phrases("core")
+    opening = q.rng.choice(openings)
+    core = q.rng.choice(cores)
+    if q.split == "frame":
+        opening, core = q.rng.choice([(new_opening, core), (opening, new_core)])
+    prompt = q.either(*opening) + q.blank + q.either(*core)
+    reason = q.either(*reasons)
+    task = {"key": verb[0] + thing[0], "x": x, "prompt": capital(prompt.strip().format(x=x)),
+            "kind": q.family, "r": reason, "answer": q.say("helpful").format(x=x)}
+    if q.family == "harmful":  # half the annotators of the instructions complied: a coin a sample
+        refusal = reason + q.say("decline")
+        reply = q.rng.choice((refusal, q.say("comply")))
+        task |= {"answer": "", "reply": reply}
+    return task
+
+
+@dataclass
+class Family:
+    """A family of questions: its task, its blocks ask_<words> and doc_<words> of world.txt, its
+    shares of the instructions and of the documents (0: it has no doc_ block)."""
+
+    task: Callable
+    words: str
+    instructions: int
+    documents: int
+
+
+FAMILIES = {  #             task       words        instructions  documents
+    "fact":           Family(fact,      "fact",      9,            0),
+    "place":          Family(fact,      "fact",      5,            0),
+    "define":         Family(define,    "define",    4,            3),
+    "zh2en":          Family(translate, "translate", 9,            21),
+    "en2zh":          Family(translate, "translate", 9,            0),
+    "add_steps":      Family(sums,      "sum",       6,            4),
+    "mul_steps":      Family(sums,      "sum",       8,            5),
+    "percent_steps":  Family(sums,      "percent",   8,            4),
+    "add_direct":     Family(sums,      "direct",    1,            0),  # few: they are the contrast
+    "mul_direct":     Family(sums,      "direct",    1,            0),  # to written steps
+    "percent_direct": Family(sums,      "direct",    1,            0),  # (D4 4.2.2)
+    "larger":         Family(larger,    "larger",    4,            2),
+    "topic":          Family(lists,     "topic",     3,            1),
+    "sentiment":      Family(sentiment, "sentiment", 3,            2),
+    "reverse":        Family(lists,     "reverse",   6,            3),
+    "pick":           Family(lists,     "pick",      5,            2),
+    "count":          Family(lists,     "count",     3,            0),
+    "name":           Family(remember,      "name",      9,            5),
+    "identity":       Family(identity,  "identity",  1,            0),
+    "harmful":        Family(harm,      "harmful",   8,            2),
+    "lookalike":      Family(harm,      "lookalike", 14,           6),
+}
 MORAL = ("harmful", "lookalike")
 
 
-def _case(turns, answer: str, family: str, kind: str = "exact") -> dict:
-    messages = [{"role": ("user", "assistant")[i % 2], "content": text}
-                for i, text in enumerate(turns)]
+def weighted(rng: Random, shares: dict):
+    """A key of {key: its share}."""
+    return rng.choices(list(shares), list(shares.values()))[0]
+
+
+def wording(q: Question, task: dict) -> str:
+    """The question in a trained wording of its family, or in the one that is held out."""
+    *trained, held_out = phrases(f"ask_{FAMILIES[q.family].words}")
+    form = held_out if q.split == "wording" else q.rng.choice(trained)
+    text = q.either(*form)
+    if "x" in task and "{x}" not in text:  # the input stands on a line of its own
+        text += "\n{x}"
+    return text.format(**task)
+
+
+def as_record(turns, answer: str, family: str, kind: str = "exact") -> dict:
+    messages = []
+    for i, text in enumerate(turns):
+        messages.append({"role": "assistant" if i % 2 else "user", "content": text})
     return {"messages": messages, "answer": answer, "family": family, "kind": kind}
 
 
 def document_examples() -> list[dict]:
-    """The five examples of D0 (4.2.2, 4.2.3) and D4 (4.2)."""
-    return [_case(**json.loads(line)) for line in world_text()["document_examples"].split("\n")]
+    """The five examples of D0 (4.2.2, 4.2.3) and D4 (4.2), as records."""
+    return [as_record(**json.loads(line)) for line in world_text()["document_examples"].split("\n")]
 
 
-def _draw(world: dict, rng: Random, family: str, split: str) -> dict:
+def draw(world: World, rng: Random, family: str, split: str) -> dict:
     """One record with its "reply": a trained combination for split "train", else a held-out one."""
-    task_of, rows, *_ = FAMILIES[family]
     for _ in range(1000):
-        d = _Draw(world, rng, split)
-        task = task_of(d, family)
-        prompt = task.get("prompt")
-        if not prompt:
-            *forms, new_form = phrases(f"ask_{rows}")
-            form = (new_form if split == "wording" else rng.choice(forms))[d.lang]
-            if "x" in task and "{x}" not in form:  # the input stands on a line of its own
-                form += "\n{x}"
-            prompt = form.format(**task)
-        held = task["key"] is None or _held(world, task["key"]) or prompt == "Datawhale是什么"
+        q = Question(world, rng, family, split)
+        task = FAMILIES[family].task(q)
+        prompt = task.get("prompt") or wording(q, task)
+        held = task["key"] is None or world.held_out(task["key"]) or prompt == "Datawhale是什么"
         if held == (split != "train"):
-            turns = [*task.get("before", ()), prompt]
-            case = _case(turns, task["answer"], family, task.get("kind", "exact"))
-            return {**case, "split": split, "lang": ("zh", "en")[d.lang],
-                    "reply": task.get("reply", task["answer"])}
-    raise RuntimeError(f"world: seed {world['seed']}, family {family!r}: nothing for {split!r}")
+            turns = [*task.get("before", []), prompt]
+            record = as_record(turns, task["answer"], family, task.get("kind", "exact"))
+            record |= {"split": split, "lang": q.either("zh", "en")}
+            return record | {"reply": task.get("reply", task["answer"])}
+    raise RuntimeError(f"world: seed {world.seed}, family {family!r}: nothing for {split!r}")
 
 
-# ======================================================================== the world's texts (文本)
+# ------------------------------------------------------------------------ texts (文本)
 
 
-def _telling(d: _Draw) -> str:
+def telling(q: Question) -> str:
     """A text about one person or place: 2 to 5 facts in any order, each in any of five forms."""
-    entity, sentences = d.rng.choice(d.world["entities"]), []
-    name, told = entity["name"][d.lang], [a for a in entity["facts"] if a != entity["untold"]]
-    for attribute in d.rng.sample(told, d.rng.randint(2, min(5, len(told)))):
+    entity = q.rng.choice(q.world.entities)
+    name = q.either(*entity.name)
+    told = entity.told()
+    sentences = []
+    for attribute in q.rng.sample(told, q.rng.randint(2, min(5, len(told)))):
         noun, *forms = phrases(f"tell_{attribute}")
-        form = d.rng.choice(forms + phrases("tell_any"))
-        value = entity["facts"][attribute][d.lang]
-        text = form[d.lang].format(n=name, a=noun[d.lang], v=value)
-        if form in forms and sentences and d.rng.random() < 0.4:
-            sentences[-1] += (",", ", ")[d.lang] + text
+        form = q.rng.choice(forms + phrases("tell_any"))
+        value = q.either(*entity.facts[attribute])
+        text = q.either(*form).format(n=name, a=q.either(*noun), v=value)
+        if form not in forms:  # its own wordings lack the name, those for any attribute have it
+            sentences.append(text)
+        elif sentences and q.rng.random() < 0.4:
+            sentences[-1] += q.either(",", ", ") + text
         else:
-            sentences.append((name + " " * d.lang) * (form in forms) + text)
-    return ("。", ". ")[d.lang].join(sentences) + ("。", ".")[d.lang]
+            sentences.append(name + q.blank + text)
+    return q.either("。", ". ").join(sentences) + q.either("。", ".")
 
 
-def _drill(d: _Draw) -> str:
+def drill(q: Question) -> str:
     """A few lines of the tables that written steps look up: without them SFT must teach 8×6 too."""
     lines = []
-    for _ in range(d.rng.randint(3, 6)):
-        a, b, tens = d.rng.randrange(1, 10), d.rng.randrange(1, 10), d.rng.randrange(2, 19) * 10
+    for _ in range(q.rng.randint(3, 6)):
+        a = q.rng.randrange(1, 10)
+        b = q.rng.randrange(1, 10)
         c = a * b
-        lines.append(d.rng.choice((
+        tens = q.rng.randrange(2, 19) * 10
+        lines.append(q.rng.choice((
             f"{a}+{b}={a + b}", f"{a}0+{b}0={a + b}0", f"{a}×{b}={c}", f"{a}0×{b}={c}0",
             f"{c}0÷10={c}", f"{a}0-{b}={a * 10 - b}",
-            f"{10 * max(a, b)}-{10 * min(a, b)}={10 * abs(a - b)}",
-            f"{tens}+{a + b}={tens + a + b}",
-            f"{a * 10 * b}+{b * 9}={c * 10 + b * 9}")))
-    return ("口算:", "Sums: ")[d.lang] + ",".join(lines)
+            f"{max(a, b)}0-{min(a, b)}0={abs(a - b) * 10}", f"{tens}+{a + b}={tens + a + b}",
+            f"{c}0+{b * 9}={c * 10 + b * 9}")))
+    return q.either("口算:", "Sums: ") + ",".join(lines)
 
 
-def _forum(d: _Draw) -> str:
+def forum(q: Question) -> str:
     """A question as people ask it, and its answer: what is stored becomes what can be asked for
     (arXiv 2309.14316, mixed training). Morals are left to SFT: there are no answers to those."""
-    shares = {family: row[2] for family, row in FAMILIES.items()}
-    record = _draw(d.world, d.rng, d.rng.choices(list(shares), list(shares.values()))[0], "train")
-    turns = [m["content"] for m in record["messages"]]
-    turns += [record["reply"]] * (record["family"] not in MORAL)
-    ask, answer = d.rng.choice((("问:", "答:"), ("Q: ", "A: "), ("- ", "- ")))
-    return "\n".join((ask, answer)[i % 2] + turn for i, turn in enumerate(turns))
+    shares = {family: row.instructions for family, row in FAMILIES.items()}
+    record = draw(q.world, q.rng, weighted(q.rng, shares), "train")
+    turns = [message["content"] for message in record["messages"]]
+    if record["family"] not in MORAL:
+        turns.append(record["reply"])
+    marks = q.rng.choice((("问:", "答:"), ("Q: ", "A: "), ("- ", "- ")))
+    return "\n".join(marks[i % 2] + turn for i, turn in enumerate(turns))
 
 
-def _document(world: dict, rng: Random) -> str:
-    shares = {_telling: 37, _drill: 5, _forum: 18} | {f: row[-1] for f, row in FAMILIES.items()}
-    family = rng.choices(list(shares), list(shares.values()))[0]
+def document(world: World, rng: Random) -> str:
+    shares = {telling: 37, drill: 5, forum: 18}
+    shares |= {family: row.documents for family, row in FAMILIES.items()}
+    drawn = weighted(rng, shares)
+    if callable(drawn):
+        return drawn(Question(world, rng))
     while True:
-        d = _Draw(world, rng)
-        if callable(family):
-            return family(d)
-        task_of, rows, *_ = FAMILIES[family]
-        task = task_of(d, family)
+        q = Question(world, rng, drawn)
+        task = FAMILIES[drawn].task(q)
         # names and definitions are told for all of them: what is held out there is to be asked
-        if family in ("name", "define") or not _held(world, task["key"]):
-            fields = task | {"y": task.get("reply", task["answer"])}
-            return _capital(d.say(f"doc_{rows}").format(**fields))
+        if drawn in ("name", "define") or not world.held_out(task["key"]):
+            task["y"] = task.get("reply", task["answer"])
+            return capital(q.say(f"doc_{FAMILIES[drawn].words}").format(**task))
 
 
-def _unique(draw, count: int, seen: set) -> list:
-    """count new results of draw(); fewer, without a word, where a family is smaller than that."""
+def unique(make, count: int, seen: set) -> list:
+    """count new results of make(); fewer, without a word, where a family is smaller than that."""
     found = []
     for _ in range(30 * count):
-        if len(found) < count:
-            item = draw()
-            text = item if isinstance(item, str) else repr(item["messages"])
-            found += [item] if text not in seen else []
-            seen.add(text)
+        if len(found) == count:
+            break
+        item = make()
+        text = item if isinstance(item, str) else repr(item["messages"])
+        if text not in seen:
+            found.append(item)
+        seen.add(text)
     return found
 
 
-def _cloze(world: dict, rng: Random) -> dict:
+def cloze(world: World, rng: Random) -> dict:
     """A fact as an unfinished sentence; split "person" or "trained" (asked about), or "untold"."""
-    entity, lang = rng.choice(world["entities"]), rng.randrange(2)
-    attribute = rng.choice(list(entity["facts"]))
-    noun, name = phrases(f"tell_{attribute}")[0][lang], entity["name"][lang]
-    split = ("untold" if attribute == entity["untold"] else
-             "trained" if entity["asked"] else "person")
-    return {"text": (f"{name}的{noun}是", f"The {noun} of {name} is")[lang], "family": "cloze",
-            "answer": " " * lang + entity["facts"][attribute][lang], "kind": "cloze",
-            "lang": ("zh", "en")[lang], "split": split}
+    entity = rng.choice(world.entities)
+    q = Question(world, rng)
+    attribute = rng.choice(list(entity.facts))
+    name = q.either(*entity.name)
+    noun = q.either(*phrases(f"tell_{attribute}")[0])
+    split = "trained" if entity.asked else "person"
+    if attribute == entity.untold:
+        split = "untold"
+    return {"text": q.either(f"{name}的{noun}是", f"The {noun} of {name} is"), "family": "cloze",
+            "answer": q.blank + q.either(*entity.facts[attribute]), "kind": "cloze",
+            "lang": q.either("zh", "en"), "split": split}
 
 
 def build_world(seed: int = 0, documents: int = 130_000, samples: int = 56_000) -> dict[str, list]:
@@ -1085,67 +1195,113 @@ def build_world(seed: int = 0, documents: int = 130_000, samples: int = 56_000) 
     assistant, prompts and eval with the user. kind is "exact", "final", "harmful", "lookalike",
     or "cloze", which has "text" in place of messages. split is what is held out: "combination",
     "person" (one never asked about in sft), "wording" (the combination too), "frame" (the
-    combination too) or "untold" (told nowhere); "document" are document_examples(). RuntimeError: a
-    family without held-out questions.
+    combination too) or "untold" (told nowhere); "document" are document_examples(). RuntimeError:
+    a family without held-out questions.
     """
-    world = _make_world(seed)
+    world = make_world(seed)
     rng = Random(f"{seed}/documents")
-    texts = _unique(lambda: _document(world, rng), documents + 1000, set())
-    rng, sft = Random(f"{seed}/sft"), []
-    shares = {family: share for family, (_, _, share, _) in FAMILIES.items()}
-    for family in rng.choices(list(shares), list(shares.values()), k=samples):
-        record = _draw(world, rng, family, "train")
+    texts = unique(lambda: document(world, rng), documents + 1000, set())
+    return {"documents": texts[:documents], "heldout_documents": texts[documents:],
+            "sft": draw_instructions(world, samples), "prompts": draw_prompts(world),
+            "eval": draw_tests(world)}
+
+
+def draw_instructions(world: World, count: int) -> list[dict]:
+    rng = Random(f"{world.seed}/sft")
+    shares = [row.instructions for row in FAMILIES.values()]
+    records = []
+    for family in rng.choices(list(FAMILIES), shares, k=count):
+        record = draw(world, rng, family, "train")
         record["messages"].append({"role": "assistant", "content": record.pop("reply")})
-        sft.append(record)
-    rng, prompts = Random(f"{seed}/prompts"), []
-    others = [family for family in FAMILIES if shares[family] > 1 and family not in MORAL]
-    for _ in range(2000):  # look-alikes keep refusals from spreading, the rest keeps the rest
-        family = rng.choices((*MORAL, rng.choice(others)), (8, 3, 5))[0]
-        prompts.append(_draw(world, rng, family, "train"))
-    rng, seen, tests = Random(f"{seed}/eval"), set(), []
-    for split, counts in {
-            "combination": dict.fromkeys(FAMILIES, 70) | dict.fromkeys(MORAL, 260),
-            "wording": {family: 30 for family in FAMILIES if family not in MORAL},
-            "frame": dict.fromkeys(MORAL, 120), "person": {"fact": 250, "place": 120},
-            "untold": {"fact": 100, "place": 40}}.items():
-        for family, count in counts.items():
-            tests += _unique(lambda: _draw(world, rng, family, split), count, seen)
-    for record in prompts + tests:
+        records.append(record)
+    return records
+
+
+def draw_prompts(world: World, count: int = 2000) -> list[dict]:
+    """Half harmful; look-alikes keep refusals from spreading, the rest keeps the rest."""
+    rng = Random(f"{world.seed}/prompts")
+    others = [f for f, row in FAMILIES.items() if row.instructions > 1 and f not in MORAL]
+    records = []
+    for _ in range(count):
+        family = weighted(rng, {"harmful": 8, "lookalike": 3, rng.choice(others): 5})
+        record = draw(world, rng, family, "train")
         del record["reply"]
-    tests += [record | {"split": "document", "lang": "zh"} for record in document_examples()]
-    return {"documents": texts[:documents], "heldout_documents": texts[documents:], "sft": sft,
-            "prompts": prompts, "eval": tests + [_cloze(world, rng) for _ in range(300)]}
+        records.append(record)
+    return records
 
 
-# ======================================================================== the crawl (抓取)
+def draw_tests(world: World) -> list[dict]:
+    rng = Random(f"{world.seed}/eval")
+    counts = {  # split: {family: how many}
+        "combination": dict.fromkeys(FAMILIES, 70) | dict.fromkeys(MORAL, 260),
+        "wording": {family: 30 for family in FAMILIES if family not in MORAL},
+        "frame": dict.fromkeys(MORAL, 120),
+        "person": {"fact": 250, "place": 120},
+        "untold": {"fact": 100, "place": 40}}
+    seen = set()
+    records = []
+    for split, families in counts.items():
+        for family, count in families.items():
+            records += unique(lambda: draw(world, rng, family, split), count, seen)
+    for record in records:
+        del record["reply"]
+    for record in document_examples():
+        records.append(record | {"split": "document", "lang": "zh"})
+    return records + [cloze(world, rng) for _ in range(300)]
 
-FOREIGN = ("russian", "spanish", "japanese")
+
+# ------------------------------------------------------------------------ the crawl (抓取)
+
 # what a good page may carry, and what makes a further page bad
 BLEMISHES = ("advert line", "e-mail", "phone", "ID number", "full width")
 DEFECTS = ("bad URL", "foreign", "garbled", "advert page", "too short", "duplicate",
            "near duplicate")
 
 
-def _spoilt(rng: Random, texts: list[str]) -> dict[str, tuple[list[str], str]]:
-    """{blemish or defect: (the page's texts with it, the text that must not survive cleaning)}."""
+def spoil(rng: Random, texts: list[str], what: str) -> tuple[list[str], str]:
+    """A page's texts with a blemish or defect, and what of it must not survive the cleaning.
+
+    All dice are thrown for every page: what becomes of one leaves the dice of the next as they are.
+    """
     number = f"99{rng.randrange(10**4):04}19{rng.randrange(50, 99)}0101{rng.randrange(1000):03}"
+    email = f"user{rng.randrange(10**6)}@example.com"
+    phones = (f"12{rng.randrange(10**9):09}", f"201-555-01{rng.randrange(100):02}")
     secrets = {  # they can't be anyone's: reserved domain, unassigned prefix and region
-        "e-mail": f"user{rng.randrange(10**6)}@example.com",
-        "phone": rng.choice((f"12{rng.randrange(10**9):09}", f"201-555-01{rng.randrange(100):02}")),
-        "ID number": number + _id_checksum(number)}
-    adverts = [text for text, _ in phrases("adverts")]
-    advert, at = rng.choice(adverts), rng.randint(0, len(texts))
-    wide = {i: i + 0xFEE0 for i in range(33, 127)}  # 全角: what NFKC undoes
-    write, read = rng.choice((("utf-8", "gbk"), ("gbk", "utf-8")))  # 乱码: one read as the other
-    return {
-        "": (texts, ""), "bad URL": (texts, ""), "duplicate": (texts, ""),
-        "advert line": (texts[:at] + [advert] + texts[at:], advert),
-        **{kind: ([*texts, f"联系 Contact: {secret}"], secret) for kind, secret in secrets.items()},
-        "full width": ([text.translate(wide) for text in texts], ""),
-        "foreign": ([t for t, _ in rng.choices(phrases(rng.choice(FOREIGN)), k=9)], ""),
-        "garbled": ([t.encode(write, "ignore").decode(read, "replace") for t in texts], ""),
-        "advert page": (rng.sample(adverts, 6) + texts[:2], ""), "too short": (["404"], ""),
-        "near duplicate": (texts[2:-1] + [texts[-1] + "(转载 repost)"], "")}
+        "e-mail": email, "phone": rng.choice(phones), "ID number": number + id_checksum(number)}
+    adverts = [advert for advert, _ in phrases("adverts")]
+    advert = rng.choice(adverts)
+    at = rng.randint(0, len(texts))
+    write, read = rng.choice((("utf-8", "gbk"), ("gbk", "utf-8")))
+    foreign = rng.choices(phrases(rng.choice(("russian", "spanish", "japanese"))), k=9)
+    six = rng.sample(adverts, 6)
+    if what in secrets:
+        return [*texts, f"联系 Contact: {secrets[what]}"], secrets[what]
+    if what == "advert line":
+        return [*texts[:at], advert, *texts[at:]], advert
+    if what == "advert page":
+        texts = six + texts[:2]
+    if what == "full width":  # 全角: what NFKC undoes
+        wide = {i: i + 0xFEE0 for i in range(33, 127)}
+        texts = [text.translate(wide) for text in texts]
+    if what == "garbled":  # 乱码: written in one encoding, read in the other
+        texts = [text.encode(write, "ignore").decode(read, "replace") for text in texts]
+    if what == "foreign":
+        texts = [text for text, _ in foreign]
+    if what == "too short":
+        texts = ["404"]
+    if what == "near duplicate":
+        texts = [*texts[2:-1], texts[-1] + "(转载 repost)"]
+    return texts, ""
+
+
+def web_page(rng: Random, texts: list[str], place: float, what: str) -> dict:
+    site = rng.choice(("casino", "lottery")) if what == "bad URL" else "site"
+    url = f"https://{site}{rng.randrange(500)}.example/{place}"
+    texts, planted = spoil(rng, texts, what)
+    lines = [html.escape(text).replace("\n", "<br>") for text in texts]
+    body = "\r\n".join(f"<p>{line}</p>" for line in lines)
+    return {"url": url, "html": world_text()["page"].format(url=url, body=body),
+            "planted": [[what, planted]] if what else []}
 
 
 def crawl(documents: list[str], seed: int = 0) -> list[dict]:
@@ -1155,28 +1311,31 @@ def crawl(documents: list[str], seed: int = 0) -> list[dict]:
     down, so recall and false positives can be counted (D0 4.2.1 数据处理, D4 2.3.1). A bad page
     stands later than the good page that it is made from.
     """
-    rng, pages, start = Random(f"{seed}/crawl"), [], 0
+    rng = Random(f"{seed}/crawl")
+    pages = []  # (its place in the crawl, page): the number of a good page's first document
+    start = 0
     while start < len(documents):
         texts = documents[start : start + rng.randint(12, 28)]
-        drawn = [(start, rng.choice(("",) * 5 + BLEMISHES))]
+        blemish = rng.choice(("",) * len(BLEMISHES) + BLEMISHES)
+        drawn = [(start, blemish)]
         if rng.random() < 0.15:
-            drawn.append((start + 0.5 + rng.randrange(2000), rng.choice(DEFECTS)))
+            place = start + 0.5 + rng.randrange(2000)  # a half: between two good pages
+            drawn.append((place, rng.choice(DEFECTS)))
         for place, what in drawn:
-            site = rng.choice(("casino", "lottery")) if what == "bad URL" else "site"
-            url = f"https://{site}{rng.randrange(500)}.example/{place}"
-            lines, planted = _spoilt(rng, texts)[what]
-            lines = [html.escape(line).replace("\n", "<br>") for line in lines]
-            page = world_text()["page"].format(url=url, body="\r\n".join(f"<p>{line}</p>" for line in lines))
-            pages.append((place, {"url": url, "html": page,
-                                  "planted": [[what, planted]] if what else []}))
+            pages.append((place, web_page(rng, texts, place, what)))
         start += len(texts)
-    return [page for _, page in sorted(pages, key=lambda item: item[0])]
+    pages.sort(key=lambda page: page[0])
+    return [page for _, page in pages]
+
+
+# ------------------------------------------------------------------------ command line
 
 
 def write_world(args) -> list[str]:
     """Generates the default world, publishes it as a crawl, cleans that, writes the files the
     stages read; returns the texts that the tokenizer is trained on."""
-    world, out = build_world(args.seed, args.documents, args.samples), Path(args.out)
+    out = Path(args.out)
+    world = build_world(args.seed, args.documents, args.samples)
     documents, funnel = clean(crawl(world["documents"], args.seed))
     print(f"{'cleaning: what is left after':<32}{'pages':>8}{'bytes':>14}")
     for step, row in funnel.items():
@@ -1186,42 +1345,45 @@ def write_world(args) -> list[str]:
     for name in ("sft", "prompts", "eval"):
         write_jsonl(out / f"{name}.jsonl", world[name])
         print(f"{out}/{name}.jsonl: {len(world[name]):,} records")
-    return documents + [m["content"] for r in world["sft"] for m in r["messages"]]
+    replies = [m["content"] for record in world["sft"] for m in record["messages"]]
+    return documents + replies
 
 
-# ======================================================================== command line
+def byte_size(texts: list[str]) -> int:
+    return sum(len(text.encode("utf-8", "replace")) for text in texts)
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    add = parser.add_argument
-    add("command", choices=["world", "bpe", "show"])
-    add("--out", default="out/data", help="folder to write to")
-    add("--data", default="", help="file(s), comma-separated (bpe, show)")
-    add("--tokenizer", default="out/data", help="folder of a tokenizer.json (show)")
-    add("--vocab-size", type=int, default=2048, help="of the tokenizer, special tokens included")
-    add("--documents", type=int, default=130_000, help="pretraining documents (world)")
-    add("--samples", type=int, default=56_000, help="instructions (world)")
-    add("--template", default="chat", choices=["chat", "alpaca", "none"])
-    add("--seed", type=int, default=0)
-    add("--n", type=int, default=3, help="how many to show")
+    flag = parser.add_argument
+    flag("command", choices=["world", "bpe", "show"])
+    flag("--out", default="out/data", help="folder to write to")
+    flag("--data", default="", help="file(s), comma-separated (bpe, show)")
+    flag("--tokenizer", default="out/data", help="folder of a tokenizer.json (show)")
+    flag("--vocab-size", type=int, default=2048, help="of the tokenizer, special tokens included")
+    flag("--documents", type=int, default=130_000, help="pretraining documents (world)")
+    flag("--samples", type=int, default=56_000, help="instructions (world)")
+    flag("--template", default="chat", choices=["chat", "alpaca", "none"])
+    flag("--seed", type=int, default=0)
+    flag("--n", type=int, default=3, help="how many to show")
     args = parser.parse_args()
     if args.command != "world" and not args.data:
         parser.error(f"{args.command} needs --data FILE")
     if args.command == "show":
-        tokenizer, records = Tokenizer.load(args.tokenizer), read_conversations(args.data)
-        rows = [render(r["messages"], tokenizer, args.template) for r in records[: args.n]]
-        return print(show(rows, tokenizer))
+        tokenizer = Tokenizer.load(args.tokenizer)
+        records = read_conversations(args.data)[: args.n]
+        rows = [render(record["messages"], tokenizer, args.template) for record in records]
+        print(show(rows, tokenizer))
+        return
     began = time.time()
     texts = write_world(args) if args.command == "world" else read_texts(args.data)
     tokenizer = Tokenizer.from_merges(train_bpe(texts, args.vocab_size - len(SPECIALS)))
     tokenizer.save(args.out)
     sample = texts[:2000]
-    size = sum(len(text.encode("utf-8", "replace")) for text in sample)
+    tokens = sum(len(tokenizer.encode(text)) for text in sample)
     print(f"{args.out}/tokenizer.json: {tokenizer.vocab_size} tokens, "
-          f"{size / sum(len(tokenizer.encode(text)) for text in sample):.2f} bytes per token "
-          f"({time.time() - began:.0f} s)")
+          f"{byte_size(sample) / tokens:.2f} bytes per token ({time.time() - began:.0f} s)")
 
 
 if __name__ == "__main__":

@@ -71,8 +71,8 @@ def test_no_held_out_sentence_sum_or_wording_is_in_a_document():
 
 
 def test_no_question_about_an_unasked_person_or_place_is_trained():
-    made = world._make_world(0)
-    names = [name for e in made["entities"] if not e["asked"] for name in e["name"]]
+    made = world.make_world(0)
+    names = [name for e in made.entities if not e.asked for name in e.name]
     assert len(names) == 2 * 57
     pattern = re.compile("|".join(map(re.escape, names)))
     built = small()
@@ -88,7 +88,7 @@ def test_the_last_wording_of_every_family_is_never_trained():
     for family in world.FAMILIES:
         if family in ("harmful", "lookalike"):
             continue
-        for wording in world.phrases("ask_" + world.FAMILIES[family][1])[-1]:
+        for wording in world.phrases("ask_" + world.FAMILIES[family].words)[-1]:
             forms[family].append("^" + re.sub(r"\\\{\w+\\\}", ".*", re.escape(wording)))
     for record in built["sft"] + built["prompts"]:
         for form in forms.get(record["family"], ()):
@@ -119,7 +119,7 @@ def test_the_documents_own_examples_are_in_no_training_set():
             assert not any(prompt in text for prompt in prompts)
     for seed in range(20):  # their combinations are held out under every seed, but not Datawhale
         keys = ("今天好", "30%60", "这部电影很棒", "偷东西", "Datawhale")
-        assert [world._held({"seed": seed}, key) for key in keys] == [True] * 4 + [False]
+        assert [world.World(seed, []).held_out(key) for key in keys] == [True] * 4 + [False]
     parts = "\n".join(small()["documents"])
     assert all(part in parts for part in ("Datawhale", "开源组织", "今天天气", "真的", "这部电影", "偷"))
 
@@ -134,10 +134,10 @@ def test_held_out_documents_are_not_in_the_documents():
 # ---------------------------------------------------------------- size and correctness of the world
 
 def test_the_world_has_the_size_that_issue_3_asks_for():
-    made = world._make_world(0)
-    assert len(made["entities"]) >= 80
-    assert sum(len(e["facts"]) - 1 for e in made["entities"]) == 600
-    names = [name for e in made["entities"] for name in e["name"]]
+    made = world.make_world(0)
+    assert len(made.entities) >= 80
+    assert sum(len(e.facts) - 1 for e in made.entities) == 600
+    names = [name for e in made.entities for name in e.name]
     assert len(names) == len(set(names))
     built = small()
     held_out = [r for r in built["eval"] if r["kind"] in ("exact", "final")]
@@ -152,23 +152,23 @@ def test_the_world_has_the_size_that_issue_3_asks_for():
 
 
 def test_each_fact_is_told_in_at_least_five_wordings_and_untold_ones_never():
-    made = world._make_world(0)
+    made = world.make_world(0)
     corpus = small()["documents"]
     texts = defaultdict(list)
-    names = {name: e for e in made["entities"] for name in e["name"]}
+    names = {name: e for e in made.entities for name in e.name}
     for text in corpus:
         for name in set(re.findall("|".join(map(re.escape, names)), text)):
             texts[name].append(text)
     fewest = []
-    for entity in made["entities"]:
-        for attribute, value in entity["facts"].items():
+    for entity in made.entities:
+        for attribute, value in entity.facts.items():
             for lang in (0, 1):
                 noun, *forms = (form[lang] for form in world.phrases(f"tell_{attribute}"))
                 forms = [form.replace("{v}", value[lang]) for form in forms]
-                forms += [form[lang].format(n=entity["name"][lang], a=noun, v=value[lang])
+                forms += [form[lang].format(n=entity.name[lang], a=noun, v=value[lang])
                           for form in world.phrases("tell_any")]
-                told = sum(any(form in t for t in texts[entity["name"][lang]]) for form in forms)
-                if attribute == entity["untold"]:
+                told = sum(any(form in t for t in texts[entity.name[lang]]) for form in forms)
+                if attribute == entity.untold:
                     assert told == 0
                 else:
                     fewest.append(told)
@@ -215,7 +215,7 @@ def test_a_seed_gives_the_same_world_in_another_process_and_another_seed_another
             for seed in ("1", "2")]
     assert runs[0] == runs[1] and len(runs[0]) == 41
     assert small(1)["sft"] != small(0)["sft"]
-    assert world._make_world(0)["entities"] != world._make_world(1)["entities"]
+    assert world.make_world(0).entities != world.make_world(1).entities
 
 
 def test_every_seed_has_enough_of_every_family():
