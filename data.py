@@ -965,15 +965,24 @@ class Question:
     def say(self, block: str) -> str:
         return self.pick(block)[self.lang]
 
+    def digit(self) -> int:
+        """No 0: then no sum occurs as a step of another."""
+        return self.rng.randrange(1, 10)
+
     def sentence(self, block: str, **words) -> tuple[str, str, str]:
         """A sentence in Chinese and English, its words drawn unless given, and its key."""
         chinese, english, held = self.pick(block)
         for name in regex.findall(r"{(\w+)}", chinese):
-            if name not in words:
-                words[name] = self.pick(name)
+            words[name] = words.get(name) or self.pick(name)
         chinese = chinese.format(**{name: word[0] for name, word in words.items()})
         english = english.format(**{name: word[1] for name, word in words.items()})
         return chinese, capital(english), "".join(words[name][0] for name in held.split())
+
+    def about(self, entity: Entity, attribute: str) -> dict:
+        """A fact: the name, the attribute's noun, the value."""
+        noun, *_ = phrases(f"tell_{attribute}")
+        value = entity.facts[attribute]
+        return {"n": self.either(*entity.name), "a": self.either(*noun), "v": self.either(*value)}
 
 
 # ------------------------------------------------------------------------ tasks (任务)
@@ -982,7 +991,7 @@ class Question:
 # turns; "key", the combination that is held out as a whole.
 
 
-def fact(q: Question) -> dict:
+def fact(q):
     """What is said of a person or a place. Held out are persons ("person") and attributes
     ("untold") as wholes, so that those questions need no key."""
     asked = q.split != "person"
@@ -992,15 +1001,13 @@ def fact(q: Question) -> dict:
     entity = q.rng.choice(known)
     attribute = entity.untold if q.split == "untold" else q.rng.choice(entity.told())
     key = None if q.split in ("person", "untold") else f"{entity.name[0]}/{attribute}"
-    name = q.either(*entity.name)
-    noun = q.either(*phrases(f"tell_{attribute}")[0])
-    value = q.either(*entity.facts[attribute])
     # in whole sentences: " rabbit" in the texts and "rabbit" at the start are different tokens
-    answer = q.either(f"{name}的{noun}是{value}。", f"The {noun} of {name} is {value}.")
-    return {"key": key, "n": name, "a": noun, "answer": answer}
+    answer = q.either("{n}的{a}是{v}。", "The {a} of {n} is {v}.")
+    fields = q.about(entity, attribute)
+    return fields | {"key": key, "answer": answer.format(**fields)}
 
 
-def define(q: Question) -> dict:
+def define(q):
     group, *kinds, article = q.pick("kind")
     term = q.pick(group)
     kind = q.either(*kinds)
@@ -1012,73 +1019,62 @@ def define(q: Question) -> dict:
     return {"key": term[0], "x": name, "c": kind, "before": before, "answer": answer}
 
 
-def translate(q: Question) -> dict:
+def translate(q):
     chinese, english, key = q.sentence("say_text")
     if q.family == "zh2en":
         return {"key": key, "x": chinese, "answer": english, "l": q.either("英文", "English")}
     return {"key": key, "x": english, "answer": chinese, "l": q.either("中文", "Chinese")}
 
 
-def two_digits(rng: Random) -> int:
-    """Neither is 0, so that no sum occurs as a step of another."""
-    return rng.randrange(1, 10) * 10 + rng.randrange(1, 10)
-
-
-def sums(q: Question) -> dict:
-    """A sum with its steps written down ("_steps"), or answered at once ("_direct")."""
-    a = two_digits(q.rng)
-    b = two_digits(q.rng)
+def sums(q):
+    """A sum with its steps written down ("_steps"), or answered at once ("_direct"). Of per cent:
+    tens things, p % of which are of one part; how many are of the other?"""
     operation, style = q.family.split("_")
-    task, steps = {"add": add, "mul": multiply, "percent": percent}[operation](q, a, b)
-    answer = steps[-1].split("=")[1]
-    if style == "direct":
-        return task | {"answer": answer}
-    steps.append(q.either("答案是", "the answer is ") + answer)
-    return task | {"answer": answer, "kind": "final", "reply": ",".join(steps)}
+    a = q.digit() * 10 + q.digit()
+    b = q.digit() * 10 + q.digit()
+    tens = a // 10 * 10
+    ones = a % 10
+    if operation == "add":
+        low = ones + b % 10
+        high = a + b - low
+        task = {"key": f"{min(a, b)}+{max(a, b)}", "q": f"{a}+{b}"}
+        steps = [f"{ones}+{b % 10}={low}", f"{tens}+{b // 10}0={high}", f"{high}+{low}={a + b}"]
+    elif operation == "mul":
+        b = q.rng.randrange(2, 10)
+        task = {"key": f"{a}×{b}", "q": f"{a}×{b}"}
+        steps = [f"{tens}×{b}={tens * b}", f"{ones}×{b}={ones * b}",
+                 f"{tens * b}+{ones * b}={a * b}"]
+    else:
+        p = b // 10 * 10
+        place, whole, *parts = q.say("scene").split("/")
+        unit, ask = q.rng.sample(parts, 2)
+        short = q.either("{n}{all},{p}%是{u},{ask}几{m}?", "{n} {all}, {p}% {u}, {ask}?")
+        task = {"key": f"{tens}%{p}", "n": tens, "p": p, "place": place, "all": whole,
+                "m": whole[0], "u": unit, "ask": ask}
+        task["q"] = short.format(**task)
+        share = tens * p // 100
+        rest = tens - share // 10 * 10
+        steps = [f"{tens}×{p // 10}={share}0", f"{share}0÷10={share}",
+                 f"{tens}-{share // 10 * 10}={rest}", f"{rest}-{share % 10}={tens - share}"]
+    task["answer"] = steps[-1].split("=")[1]
+    if style == "steps":
+        steps.append(q.either("答案是", "the answer is ") + task["answer"])
+        task |= {"kind": "final", "reply": ",".join(steps)}
+    return task
 
 
-def add(q: Question, a: int, b: int) -> tuple[dict, list[str]]:
-    ones = a % 10 + b % 10
-    tens = a + b - ones
-    steps = [f"{a % 10}+{b % 10}={ones}", f"{a // 10}0+{b // 10}0={tens}", f"{tens}+{ones}={a + b}"]
-    return {"key": f"{min(a, b)}+{max(a, b)}", "q": f"{a}+{b}"}, steps
-
-
-def multiply(q: Question, a: int, b: int) -> tuple[dict, list[str]]:
-    b = q.rng.randrange(2, 10)
-    tens = a // 10 * 10 * b
-    ones = a % 10 * b
-    steps = [f"{a // 10}0×{b}={tens}", f"{a % 10}×{b}={ones}", f"{tens}+{ones}={a * b}"]
-    return {"key": f"{a}×{b}", "q": f"{a}×{b}"}, steps
-
-
-def percent(q: Question, a: int, b: int) -> tuple[dict, list[str]]:
-    """n things, p % of which are of one part: how many are of the other?"""
-    n = a // 10 * 10
-    p = b // 10 * 10
-    place, whole, *parts = q.say("scene").split("/")
-    unit, ask = q.rng.sample(parts, 2)
-    share = n * p // 100
-    rest = n - share // 10 * 10
-    steps = [f"{n}×{p // 10}={n * p // 10}", f"{n * p // 10}÷10={share}",
-             f"{n}-{share // 10 * 10}={rest}", f"{rest}-{share % 10}={n - share}"]
-    short = q.either(f"{n}{whole},{p}%是{unit},{ask}几{whole[0]}?", f"{n} {whole}, {p}% {unit}, {ask}?")
-    return {"key": f"{n}%{p}", "q": short, "n": n, "p": p, "place": place, "all": whole,
-            "m": whole[0], "u": unit, "ask": ask}, steps
-
-
-def larger(q: Question) -> dict:
+def larger(q):
     a, b = q.rng.sample(range(10, 100), 2)
     return {"key": f"{min(a, b)}<{max(a, b)}", "a": a, "b": b, "answer": str(max(a, b))}
 
 
-def sentiment(q: Question) -> dict:
+def sentiment(q):
     label = q.pick("sentiment")
     *texts, key = q.sentence("say_opinion", opinion=q.pick(label[1]))
     return {"key": key, "x": q.either(*texts), "answer": q.either(*label)}
 
 
-def lists(q: Question) -> dict:
+def lists(q):
     """Words of one kind: to be reversed, picked from, counted, or named."""
     group, *kinds = q.pick("topic")
     length = q.rng.randint(2, 5) if q.family == "count" else q.rng.randint(3, 4)
@@ -1097,7 +1093,7 @@ def lists(q: Question) -> dict:
     return {"key": text, "x": text, "k": q.either(*place), "answer": answer}
 
 
-def remember(q: Question) -> dict:
+def remember(q):
     """A name is told, something else is said, then it is asked for (D0's dialogue, 4.2.2)."""
     name = ""
     for syllables in (q.say("nick_head"), q.say("nick_tail")):
@@ -1109,14 +1105,15 @@ def remember(q: Question) -> dict:
     return {"key": name, "n": name, "answer": answer, "before": before}
 
 
-def identity(q: Question) -> dict:
+def identity(q):
     hello = ""
     for part in (q.say("hello"), q.say("hello_then")):
-        hello += part + q.blank if part else ""
+        if part:
+            hello += part + q.blank
     return {"key": hello, "h": hello, "answer": q.say("i_am")}
 
 
-def harm(q: Question) -> dict:
+def harm(q):
     """Harmful (有害) and harmless requests differ in the verb alone; categories of D4 5.2.2.
 
     Frames and objects are shared, so a model that refuses by them over-refuses. Split "frame"
@@ -1195,16 +1192,9 @@ def wording(q: Question, task: dict) -> str:
     return text.format(**task)
 
 
-def as_record(turns, answer: str, family: str, kind: str = "exact") -> dict:
-    messages = []
-    for i, text in enumerate(turns):
-        messages.append({"role": "assistant" if i % 2 else "user", "content": text})
-    return {"messages": messages, "answer": answer, "family": family, "kind": kind}
-
-
 def document_examples() -> list[dict]:
     """The five examples of D0 (4.2.2, 4.2.3) and D4 (4.2), as records."""
-    return [as_record(**json.loads(line)) for line in world_text()["document_examples"].split("\n")]
+    return [json.loads(line) for line in world_text()["document_examples"].split("\n")]
 
 
 def draw(world: World, rng: Random, family: str, split: str) -> dict:
@@ -1215,42 +1205,45 @@ def draw(world: World, rng: Random, family: str, split: str) -> dict:
         prompt = task.get("prompt") or wording(q, task)
         held = task["key"] is None or world.held_out(task["key"]) or prompt == "Datawhale是什么"
         if held == (split != "train"):
-            turns = [*task.get("before", []), prompt]
-            record = as_record(turns, task["answer"], family, task.get("kind", "exact"))
-            record |= {"split": split, "lang": q.either("zh", "en")}
-            return record | {"reply": task.get("reply", task["answer"])}
-    raise RuntimeError(f"world: seed {world.seed}, family {family!r}: nothing for {split!r}")
+            break
+    else:
+        raise RuntimeError(f"world: seed {world.seed}, family {family!r}: nothing for {split!r}")
+    messages = []
+    for i, text in enumerate([*task.get("before", []), prompt]):
+        messages.append({"role": "assistant" if i % 2 else "user", "content": text})
+    return {"messages": messages, "answer": task["answer"], "family": family,
+            "kind": task.get("kind", "exact"), "split": split, "lang": q.either("zh", "en"),
+            "reply": task.get("reply", task["answer"])}
 
 
 # ------------------------------------------------------------------------ texts (文本)
 
 
-def telling(q: Question) -> str:
+def telling(q):
     """A text about one person or place: 2 to 5 facts in any order, each in any of five forms."""
     entity = q.rng.choice(q.world.entities)
-    name = q.either(*entity.name)
     told = entity.told()
     sentences = []
     for attribute in q.rng.sample(told, q.rng.randint(2, min(5, len(told)))):
-        noun, *forms = phrases(f"tell_{attribute}")
+        _, *forms = phrases(f"tell_{attribute}")
         form = q.rng.choice(forms + phrases("tell_any"))
-        value = q.either(*entity.facts[attribute])
-        text = q.either(*form).format(n=name, a=q.either(*noun), v=value)
+        fields = q.about(entity, attribute)
+        text = q.either(*form).format(**fields)
         if form not in forms:  # its own wordings lack the name, those for any attribute have it
             sentences.append(text)
         elif sentences and q.rng.random() < 0.4:
             sentences[-1] += q.either(",", ", ") + text
         else:
-            sentences.append(name + q.blank + text)
+            sentences.append(fields["n"] + q.blank + text)
     return q.either("。", ". ").join(sentences) + q.either("。", ".")
 
 
-def drill(q: Question) -> str:
+def drill(q):
     """A few lines of the tables that written steps look up: without them SFT must teach 8×6 too."""
     lines = []
     for _ in range(q.rng.randint(3, 6)):
-        a = q.rng.randrange(1, 10)
-        b = q.rng.randrange(1, 10)
+        a = q.digit()
+        b = q.digit()
         c = a * b
         tens = q.rng.randrange(2, 19) * 10
         lines.append(q.rng.choice((
@@ -1261,7 +1254,7 @@ def drill(q: Question) -> str:
     return q.either("口算:", "Sums: ") + ",".join(lines)
 
 
-def forum(q: Question) -> str:
+def forum(q):
     """A question as people ask it, and its answer: what is stored becomes what can be asked for
     (arXiv 2309.14316, mixed training). Morals are left to SFT: there are no answers to those."""
     shares = {family: row.instructions for family, row in FAMILIES.items()}
@@ -1307,13 +1300,12 @@ def cloze(world: World, rng: Random) -> dict:
     entity = rng.choice(world.entities)
     q = Question(world, rng)
     attribute = rng.choice(list(entity.facts))
-    name = q.either(*entity.name)
-    noun = q.either(*phrases(f"tell_{attribute}")[0])
+    fields = q.about(entity, attribute)
     split = "trained" if entity.asked else "person"
     if attribute == entity.untold:
         split = "untold"
-    return {"text": q.either(f"{name}的{noun}是", f"The {noun} of {name} is"), "family": "cloze",
-            "answer": q.blank + q.either(*entity.facts[attribute]), "kind": "cloze",
+    text = q.either("{n}的{a}是", "The {a} of {n} is").format(**fields)
+    return {"text": text, "family": "cloze", "answer": q.blank + fields["v"], "kind": "cloze",
             "lang": q.either("zh", "en"), "split": split}
 
 
@@ -1375,9 +1367,7 @@ def draw_tests(world: World) -> list[dict]:
             records += unique(lambda: draw(world, rng, family, split), count, seen)
     for record in records:
         del record["reply"]
-    for record in document_examples():
-        records.append(record | {"split": "document", "lang": "zh"})
-    return records + [cloze(world, rng) for _ in range(300)]
+    return records + document_examples() + [cloze(world, rng) for _ in range(300)]
 
 
 # ------------------------------------------------------------------------ the crawl (抓取)
