@@ -1,13 +1,13 @@
-"""From raw text to batches: tokenizer, default world, cleaning, template, formats, gold judge.
+"""From raw text to batches: file formats, tokenizer, chat template, batches; cleaning, gold judge,
+and the default world.
 
     python data.py world --out out/data            the default world: crawl, cleaning, tokenizer
     python data.py bpe --data a.txt --out DIR      train a tokenizer on files of your own
     python data.py show --data FILE --tokenizer D  conversations as rendered, trained tokens green
 
-Everything is a function of its arguments and a seed. The ids of a conversation and its loss mask
-are made in one loop (`render`); targets are shifted by one in one place (`collate`); masks come
-from lengths, never from a search for padding. Text from outside is encoded without special
-tokens, so no text can forge a role.
+All of it is a function of its arguments and a seed. A conversation's ids and its loss mask are made
+in one loop (`render`); targets are shifted by one in one place (`collate`). Text is encoded without
+special tokens, so that no text can forge a role.
 """
 
 import argparse
@@ -39,7 +39,6 @@ import torch.distributed as dist
 IGNORE = -100  # "not a target", torch's own convention
 
 # ======================================================================== file formats (数据格式)
-
 
 def read_text(path) -> str:
     try:
@@ -152,10 +151,7 @@ def as_messages(record: dict, where: str) -> list[dict]:
 
 def read_conversations(paths: str) -> list[dict]:
     """Records {"messages": [...], ...}; other fields ("answer", "kind") are kept for the judge."""
-    records = []
-    for where, record in read_json(paths):
-        records.append(record | {"messages": as_messages(record, where)})
-    return records
+    return [record | {"messages": as_messages(record, where)} for where, record in read_json(paths)]
 
 
 def without_reply(messages: list[dict]) -> list[dict]:
@@ -200,10 +196,9 @@ def are_scored(replies, scores) -> bool:
 def read_comparisons(paths: str) -> list[dict]:
     """Records {"messages": prompt, "replies": [str], "scores": [float]}: one prompt's N replies.
 
-    Known: "chosen"/"rejected" as strings, messages or transcripts (with a prompt in any
-    conversation format, or as whole conversations that share it; Anthropic HH's "\\n\\nHuman:" text
-    too), "output": [best, ..., worst] (LLaMA-Factory's ranking), "replies" with "scores" (what
-    `reward.py collect` writes).
+    Known: "chosen"/"rejected", each a string, messages or an Anthropic HH transcript, with a prompt
+    in any conversation format or as whole conversations that share it; "output": [best, ..., worst]
+    (LLaMA-Factory's ranking); "replies" with "scores" (what `reward.py collect` writes).
     """
     records = []
     for where, record in read_json(paths):
@@ -322,12 +317,10 @@ def train_bpe(texts, vocab_size: int, pattern: str = PATTERN) -> list[tuple[int,
 def byte_letters() -> list[str]:
     """The printable letter that tokenizer.json writes for each byte (GPT-2's table)."""
     plain = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    letters = []
-    spare = 256
-    for byte in range(256):
-        letters.append(chr(byte if byte in plain else spare))
-        spare += byte not in plain
-    return letters
+    others = [byte for byte in range(256) if byte not in plain]
+    letters = {byte: chr(byte) for byte in plain}
+    letters |= {byte: chr(256 + i) for i, byte in enumerate(others)}
+    return [letters[byte] for byte in range(256)]
 
 
 class Tokenizer:
@@ -364,9 +357,8 @@ class Tokenizer:
         model = {"type": "BPE", "vocab": {name: i for i, name in enumerate(names)},
                  "merges": [[names[left], names[right]] for left, right in merges]}
         flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
-        added = []
-        for i, special in enumerate(SPECIALS, len(names)):
-            added.append({"id": i, "content": special, "special": True} | flags)
+        added = [{"id": i, "content": special, "special": True} | flags
+                 for i, special in enumerate(SPECIALS, len(names))]
         level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True,
                  "use_regex": False}
         split = {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated",
@@ -401,7 +393,6 @@ class Tokenizer:
 
 
 # ======================================================================== chat template (对话模板)
-
 
 def render(messages, tokenizer, template: str = "chat",
            turns: str = "all") -> tuple[list[int], list[int]]:
@@ -448,7 +439,6 @@ def fit(prompt: list[int], reply: list[int], limit: int) -> tuple[list[int], lis
 
 
 # ======================================================================== batches (批次)
-
 
 def round_up(n: int, multiple: int) -> int:
     return -(-n // multiple) * multiple
@@ -563,11 +553,8 @@ class Tokens:
         self.paths = paths
         self.tokenizer = tokenizer
         self.part = part
-        sources = []
-        for source in paths.split(","):
-            if os.path.exists(source):
-                stat = os.stat(source)
-                sources.append([source, stat.st_size, stat.st_mtime_ns])
+        stats = [(p, os.stat(p)) for p in paths.split(",") if os.path.exists(p)]
+        sources = [[p, stat.st_size, stat.st_mtime_ns] for p, stat in stats]
         self.wanted = {"tokenizer": tokenizer.hash, "part": list(part), "sources": sources}
 
     def meta(self) -> dict:
@@ -596,9 +583,8 @@ class Tokens:
         ids = np.array([i for ids in documents for i in (*ids, end)], dtype=dtype)
         self.meta_path.unlink(missing_ok=True)  # a crash in between must not leave it to other ids
         write_bytes(self.path, ids)
-        size = byte_size(texts)
-        meta = self.wanted | {"dtype": dtype.__name__, "tokens": len(ids), "bytes": size}
-        write_text(self.meta_path, json.dumps(meta))
+        made = {"dtype": dtype.__name__, "tokens": len(ids), "bytes": byte_size(texts)}
+        write_text(self.meta_path, json.dumps(self.wanted | made))
 
     def open(self, context: int, least: int = 1):
         """Maps the file for windows of context + 1 tokens, of which there must be `least`."""
@@ -616,11 +602,9 @@ class Tokens:
     def batch(self, seed: int, step: int, batch_size: int) -> np.ndarray:
         """Windows (batch_size, context + 1) of optimizer step `step`, a pure function; neighbours
         share one token, the last target of one being the first input of the next."""
-        targets = len(self.ids) - 1
-        n = targets // self.context
+        n, spare = divmod(len(self.ids) - 1, self.context)
         epoch = step * batch_size // n
-        spare = targets - n * self.context  # each pass starts at an offset of its own
-        shift = int(np.random.default_rng([seed, epoch, 1]).integers(spare + 1))
+        shift = int(np.random.default_rng([seed, epoch, 1]).integers(spare + 1))  # of the pass
         rows = epoch_rows(seed, step, batch_size, n)
         return np.stack([self.window(shift + row * self.context) for row in rows])
 
@@ -764,10 +748,9 @@ def clean(pages: list[dict], threshold: float = 0.6) -> tuple[list[str], dict]:
     """Raw pages to documents: each paragraph of a kept page is one, its text as it was written.
 
     Returns (documents, funnel); funnel[step] = {"pages", "bytes", "dropped": [url]}, what the step
-    left and dropped. Near duplicates are sought among pages: short texts share their templates, so
-    a search among them would throw away facts, and pages are 20 times fewer. Steps and their
-    order: D0 4.2.1, D1 预处理, D4 2.3.1. Pages made from its own output pass unchanged. A page is
-    a near duplicate if it shares `threshold` of its minhash() with an earlier one.
+    left and dropped. Steps and their order: D0 4.2.1, D1 预处理, D4 2.3.1. A page is a near duplicate
+    if it shares `threshold` of its minhash() with an earlier one; sought among pages, for short
+    texts share their templates. Pages made from its own output pass unchanged.
     """
     seen = Seen(threshold)
     steps = {  # name: what it leaves of a text, "" to drop the page
@@ -939,8 +922,7 @@ def make_world(seed: int) -> World:
             ("place", towns, ("product", "sight", "flower", "mascot", "festival"))):
         for i, name in enumerate(names):
             facts = {a: rng.choice(values.get(a) or phrases(a)) for a in attributes}
-            untold = rng.choice(attributes)
-            entities.append(Entity(family, name, facts, untold, asked=i % 2 == 0))
+            entities.append(Entity(family, name, facts, rng.choice(attributes), asked=i % 2 == 0))
     return World(seed, entities)
 
 
@@ -1169,7 +1151,7 @@ FAMILIES = {  #             task       words        instructions  documents
     "reverse":        Family(lists,     "reverse",   6,            3),
     "pick":           Family(lists,     "pick",      5,            2),
     "count":          Family(lists,     "count",     3,            0),
-    "name":           Family(remember,      "name",      9,            5),
+    "name":           Family(remember,  "name",      9,            5),
     "identity":       Family(identity,  "identity",  1,            0),
     "harmful":        Family(harm,      "harmful",   8,            2),
     "lookalike":      Family(harm,      "lookalike", 14,           6),
@@ -1197,8 +1179,8 @@ def document_examples() -> list[dict]:
     return [json.loads(line) for line in world_text()["document_examples"].split("\n")]
 
 
-def draw(world: World, rng: Random, family: str, split: str) -> dict:
-    """One record with its "reply": a trained combination for split "train", else a held-out one."""
+def draw(world: World, rng: Random, family: str, split: str) -> tuple[dict, str]:
+    """A record and its reply: a trained combination for split "train", else a held-out one."""
     for _ in range(1000):
         q = Question(world, rng, family, split)
         task = FAMILIES[family].task(q)
@@ -1211,13 +1193,12 @@ def draw(world: World, rng: Random, family: str, split: str) -> dict:
     messages = []
     for i, text in enumerate([*task.get("before", []), prompt]):
         messages.append({"role": "assistant" if i % 2 else "user", "content": text})
-    return {"messages": messages, "answer": task["answer"], "family": family,
-            "kind": task.get("kind", "exact"), "split": split, "lang": q.either("zh", "en"),
-            "reply": task.get("reply", task["answer"])}
+    record = {"messages": messages, "answer": task["answer"], "family": family,
+              "kind": task.get("kind", "exact"), "split": split, "lang": q.either("zh", "en")}
+    return record, task.get("reply", task["answer"])
 
 
 # ------------------------------------------------------------------------ texts (文本)
-
 
 def telling(q):
     """A text about one person or place: 2 to 5 facts in any order, each in any of five forms."""
@@ -1258,10 +1239,10 @@ def forum(q):
     """A question as people ask it, and its answer: what is stored becomes what can be asked for
     (arXiv 2309.14316, mixed training). Morals are left to SFT: there are no answers to those."""
     shares = {family: row.instructions for family, row in FAMILIES.items()}
-    record = draw(q.world, q.rng, weighted(q.rng, shares), "train")
+    record, reply = draw(q.world, q.rng, weighted(q.rng, shares), "train")
     turns = [message["content"] for message in record["messages"]]
     if record["family"] not in MORAL:
-        turns.append(record["reply"])
+        turns.append(reply)
     marks = q.rng.choice((("问:", "答:"), ("Q: ", "A: "), ("- ", "- ")))
     return "\n".join(marks[i % 2] + turn for i, turn in enumerate(turns))
 
@@ -1310,15 +1291,14 @@ def cloze(world: World, rng: Random) -> dict:
 
 
 def build_world(seed: int = 0, documents: int = 130_000, samples: int = 56_000) -> dict[str, list]:
-    """Draw the whole default world; one seed gives one world, on every Python and machine.
+    """The whole default world; one seed gives one world, on every Python and machine.
 
     Returns "documents" and "heldout_documents" (str), "sft", "prompts" and "eval" (records). A
-    record is {"messages", "family", "kind", "answer", "lang", "split"}; sft ends with the
-    assistant, prompts and eval with the user. kind is "exact", "final", "harmful", "lookalike",
-    or "cloze", which has "text" in place of messages. split is what is held out: "combination",
-    "person" (one never asked about in sft), "wording" (the combination too), "frame" (the
-    combination too) or "untold" (told nowhere); "document" are document_examples(). RuntimeError:
-    a family without held-out questions.
+    record is {"messages", "answer", "family", "kind", "split", "lang"}; only sft ends with a reply.
+    kind, how it is judged: "exact", "final", "harmful", "lookalike", or "cloze" ("text" in place of
+    messages). split: "train", or what is held out: "combination", "person" (never asked about in
+    sft), "wording" or "frame" (and the combination), "untold" (told nowhere); "document" are
+    document_examples(). RuntimeError: a family without held-out questions.
     """
     world = make_world(seed)
     rng = Random(f"{seed}/documents")
@@ -1333,8 +1313,8 @@ def draw_instructions(world: World, count: int) -> list[dict]:
     shares = [row.instructions for row in FAMILIES.values()]
     records = []
     for family in rng.choices(list(FAMILIES), shares, k=count):
-        record = draw(world, rng, family, "train")
-        record["messages"].append({"role": "assistant", "content": record.pop("reply")})
+        record, reply = draw(world, rng, family, "train")
+        record["messages"].append({"role": "assistant", "content": reply})
         records.append(record)
     return records
 
@@ -1346,8 +1326,7 @@ def draw_prompts(world: World, count: int = 2000) -> list[dict]:
     records = []
     for _ in range(count):
         family = weighted(rng, {"harmful": 8, "lookalike": 3, rng.choice(others): 5})
-        record = draw(world, rng, family, "train")
-        del record["reply"]
+        record, _ = draw(world, rng, family, "train")
         records.append(record)
     return records
 
@@ -1364,9 +1343,7 @@ def draw_tests(world: World) -> list[dict]:
     records = []
     for split, families in counts.items():
         for family, count in families.items():
-            records += unique(lambda: draw(world, rng, family, split), count, seen)
-    for record in records:
-        del record["reply"]
+            records += unique(lambda: draw(world, rng, family, split)[0], count, seen)
     return records + document_examples() + [cloze(world, rng) for _ in range(300)]
 
 
@@ -1425,7 +1402,7 @@ def web_page(rng: Random, texts: list[str], place: float, what: str) -> dict:
 
 
 def crawl(documents: list[str], seed: int = 0) -> list[dict]:
-    """Wrap 12 to 28 documents each into web pages, and plant every defect that clean() should find.
+    """Web pages of 12 to 28 documents each, with every defect that clean() should find.
 
     Returns [{"url", "html", "planted": [[what, planted text]] or []}]: what was put in is written
     down, so recall and false positives can be counted (D0 4.2.1 数据处理, D4 2.3.1). A bad page
@@ -1436,8 +1413,7 @@ def crawl(documents: list[str], seed: int = 0) -> list[dict]:
     start = 0
     while start < len(documents):
         texts = documents[start : start + rng.randint(12, 28)]
-        blemish = rng.choice(("",) * len(BLEMISHES) + BLEMISHES)
-        drawn = [(start, blemish)]
+        drawn = [(start, rng.choice(("",) * len(BLEMISHES) + BLEMISHES))]
         if rng.random() < 0.15:
             place = start + 0.5 + rng.randrange(2000)  # a half: between two good pages
             drawn.append((place, rng.choice(DEFECTS)))
@@ -1449,7 +1425,6 @@ def crawl(documents: list[str], seed: int = 0) -> list[dict]:
 
 
 # ------------------------------------------------------------------------ command line
-
 
 def write_world(args) -> list[str]:
     """Generates the default world, publishes it as a crawl, cleans that, writes the files the
@@ -1465,8 +1440,7 @@ def write_world(args) -> list[str]:
     for name in ("sft", "prompts", "eval"):
         write_jsonl(out / f"{name}.jsonl", world[name])
         print(f"{out}/{name}.jsonl: {len(world[name]):,} records")
-    replies = [m["content"] for record in world["sft"] for m in record["messages"]]
-    return documents + replies
+    return documents + [m["content"] for record in world["sft"] for m in record["messages"]]
 
 
 def main():
