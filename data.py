@@ -101,7 +101,8 @@ KNOWN = ('"text" (pretraining), "messages" (OpenAI), "conversations" (ShareGPT),
 def as_message(turn, where: str) -> dict:
     """One turn, OpenAI's {"role", "content"} or ShareGPT's {"from", "value"}."""
     if isinstance(turn, dict):
-        role, text = turn.get("role", turn.get("from")), turn.get("content", turn.get("value"))
+        role = turn.get("role", turn.get("from"))
+        text = turn.get("content", turn.get("value"))
         if isinstance(role, str) and role in ROLES and isinstance(text, str):
             return {"role": ROLES[role], "content": text}
     raise SystemExit(f"{where}: a turn needs a role of {', '.join(ROLES)} and a text; "
@@ -261,11 +262,11 @@ PATTERN = (r"\p{Han}|'(?:[sdmt]|ll|ve|re)| ?(?:(?!\p{Han})\p{L})+|\p{N}"
 def merged(word: list[int], pair: tuple[int, int], new: int) -> list[int]:
     """The word with each occurrence of the pair, from the left, as the one token `new`."""
     tokens = []
-    i = 0
-    while i < len(word):
-        hit = tuple(word[i : i + 2]) == pair
-        tokens.append(new if hit else word[i])
-        i += 2 if hit else 1
+    for token in word:
+        if tokens and (tokens[-1], token) == pair:
+            tokens[-1] = new
+        else:
+            tokens.append(token)
     return tokens
 
 
@@ -308,9 +309,9 @@ def train_bpe(texts, vocab_size: int, pattern: str = PATTERN) -> list[tuple[int,
             count_pairs(w, -weights[w])
             words[w] = merged(words[w], pair, new)
             count_pairs(w, weights[w])
-            born.update(p for p in zip(words[w], words[w][1:]) if new in p)
-        for pair in born:
-            heapq.heappush(heap, (-pairs[pair], pair))
+            born.update(fresh for fresh in zip(words[w], words[w][1:]) if new in fresh)
+        for fresh in born:
+            heapq.heappush(heap, (-pairs[fresh], fresh))
     return merges
 
 
@@ -411,21 +412,20 @@ def render(messages, tokenizer, template: str = "chat",
         ids.extend(tokens)
         mask.extend([int(trained)] * len(tokens))
 
-    end = tokenizer.ids["<|end|>"]
     replies = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
     for i, message in enumerate(messages):
         role = message["role"]
         text = message["content"]
+        trained = role == "assistant" and (turns == "all" or i == replies[-1])
         if template == "chat":
             add([tokenizer.ids[f"<|{role}|>"]], False)
         elif template == "alpaca" and role == "user":
             text = f"### Instruction:\n{text}\n\n### Response:\n"
         elif template == "alpaca" and role == "system":
             text = f"### System:\n{text}\n\n"
-        tokens = tokenizer.encode(text)
+        add(tokenizer.encode(text), trained)
         if template == "chat" or role == "assistant":
-            tokens.append(end)
-        add(tokens, role == "assistant" and (turns == "all" or i == replies[-1]))
+            add([tokenizer.ids["<|end|>"]], trained)
     if messages[-1]["role"] != "assistant" and template == "chat":
         add([tokenizer.ids["<|assistant|>"]], False)
     return ids, mask
@@ -657,7 +657,7 @@ def without_foreign(text: str) -> str:
 
 
 def without_garble(text: str) -> str:
-    """乱码: "" if it has lost characters, or Han that as GBK is valid UTF-8: read in the wrong one."""
+    """乱码: "" if it has lost characters, or Han that turns into valid UTF-8 when written as GBK."""
     lost = text.count("\ufffd") > 0.01 * len(text)
     han = "".join(regex.findall(r"\p{Han}", text)).encode("gbk", "ignore")
     valid = len(han.decode("utf-8", "ignore").encode())
@@ -898,10 +898,11 @@ class World:
     seed: int
     entities: list[Entity]
 
-    def held_out(self, key: str) -> bool:
-        """A fifth of all combinations; crc32 is the same in every process and Python. So are those
-        of the documents' own examples, but not Datawhale: D0's dialogue must be answerable."""
-        if key in ("今天好", "30%60", "这部电影很棒", "偷东西"):
+    def held_out(self, key) -> bool:
+        """A fifth of all combinations (crc32 is the same in every process and Python); those of the
+        documents' own examples, but for Datawhale: D0's dialogue must be answerable; what has no
+        key."""
+        if key in ("今天好", "30%60", "这部电影很棒", "偷东西", None):
             return True
         return key != "Datawhale" and zlib.crc32(f"{self.seed}/{key}".encode()) % 5 == 0
 
@@ -983,10 +984,10 @@ def fact(q):
     entity = q.rng.choice(known)
     attribute = entity.untold if q.split == "untold" else q.rng.choice(entity.told())
     key = None if q.split in ("person", "untold") else f"{entity.name[0]}/{attribute}"
-    # in whole sentences: " rabbit" in the texts and "rabbit" at the start are different tokens
-    answer = q.either("{n}的{a}是{v}。", "The {a} of {n} is {v}.")
     fields = q.about(entity, attribute)
-    return fields | {"key": key, "answer": answer.format(**fields)}
+    # in whole sentences: " rabbit" in the texts and "rabbit" at the start are different tokens
+    answer = q.either("{n}的{a}是{v}。", "The {a} of {n} is {v}.").format(**fields)
+    return fields | {"key": key, "answer": answer}
 
 
 def define(q):
@@ -1070,8 +1071,10 @@ def lists(q):
     elif q.family == "pick":
         word = words[{"first": 0, "second": 1, "last": -1}[place[1]]]
         answer = q.either(f"{place[0]}词是{word}", f"The {place[1]} word is {word}.")
+    elif q.family == "count":
+        answer = str(length)
     else:
-        answer = str(length) if q.family == "count" else q.either(*kinds)
+        answer = q.either(*kinds)
     return {"key": text, "x": text, "k": q.either(*place), "answer": answer}
 
 
@@ -1133,6 +1136,7 @@ class Family:
     documents: int
 
 
+# Direct sums are few: they are the contrast to written steps (思维链, D4 4.2.2).
 FAMILIES = {  #             task       words        instructions  documents
     "fact":           Family(fact,      "fact",      9,            0),
     "place":          Family(fact,      "fact",      5,            0),
@@ -1142,9 +1146,9 @@ FAMILIES = {  #             task       words        instructions  documents
     "add_steps":      Family(sums,      "sum",       6,            4),
     "mul_steps":      Family(sums,      "sum",       8,            5),
     "percent_steps":  Family(sums,      "percent",   8,            4),
-    "add_direct":     Family(sums,      "direct",    1,            0),  # few: they are the contrast
-    "mul_direct":     Family(sums,      "direct",    1,            0),  # to written steps
-    "percent_direct": Family(sums,      "direct",    1,            0),  # (D4 4.2.2)
+    "add_direct":     Family(sums,      "direct",    1,            0),
+    "mul_direct":     Family(sums,      "direct",    1,            0),
+    "percent_direct": Family(sums,      "direct",    1,            0),
     "larger":         Family(larger,    "larger",    4,            2),
     "topic":          Family(lists,     "topic",     3,            1),
     "sentiment":      Family(sentiment, "sentiment", 3,            2),
@@ -1179,23 +1183,24 @@ def document_examples() -> list[dict]:
     return [json.loads(line) for line in world_text()["document_examples"].split("\n")]
 
 
+def as_record(q: Question, task: dict, prompt: str) -> dict:
+    messages = []
+    for i, text in enumerate([*task.get("before", []), prompt]):
+        messages.append({"role": "assistant" if i % 2 else "user", "content": text})
+    return {"messages": messages, "answer": task["answer"], "family": q.family,
+            "kind": task.get("kind", "exact"), "split": q.split, "lang": q.either("zh", "en")}
+
+
 def draw(world: World, rng: Random, family: str, split: str) -> tuple[dict, str]:
     """A record and its reply: a trained combination for split "train", else a held-out one."""
     for _ in range(1000):
         q = Question(world, rng, family, split)
         task = FAMILIES[family].task(q)
         prompt = task.get("prompt") or wording(q, task)
-        held = task["key"] is None or world.held_out(task["key"]) or prompt == "Datawhale是什么"
+        held = world.held_out(task["key"]) or prompt == "Datawhale是什么"  # D0's own question
         if held == (split != "train"):
-            break
-    else:
-        raise RuntimeError(f"world: seed {world.seed}, family {family!r}: nothing for {split!r}")
-    messages = []
-    for i, text in enumerate([*task.get("before", []), prompt]):
-        messages.append({"role": "assistant" if i % 2 else "user", "content": text})
-    record = {"messages": messages, "answer": task["answer"], "family": family,
-              "kind": task.get("kind", "exact"), "split": split, "lang": q.either("zh", "en")}
-    return record, task.get("reply", task["answer"])
+            return as_record(q, task, prompt), task.get("reply", task["answer"])
+    raise RuntimeError(f"world: seed {world.seed}, family {family!r}: nothing for {split!r}")
 
 
 # ------------------------------------------------------------------------ texts (文本)
