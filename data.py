@@ -503,30 +503,35 @@ def epoch_rows(seed: int, step: int, batch_size: int, n: int) -> list[int]:
 def micro_batches(lengths, micro_tokens: int, rank: int = 0, world: int = 1, rows=None,
                   overhead: int = 256) -> list[list[int]]:
     """Splits a global batch of items, each rows[i] (or 1) rows of at most lengths[i] tokens, into
-    micro-batches of at most micro_tokens padded tokens, items of like length together; returns this
-    rank's.
+    micro-batches of at most micro_tokens padded tokens; returns this rank's.
 
-    Where to cut, at every fourth item, is what takes the fewest tokens, padding counted, and for
-    every micro-batch the `overhead` that it costs beside its tokens. Every rank gets equally many,
-    empty ones ([]) where there are too few items: a rank with less to do would leave the others
-    waiting in a collective.
+        items by length  5 5 5 5 9 9 9 9 | 100 100 100 100    each micro-batch costs `overhead`
+        padded to        9 9 9 9 9 9 9 9 | 100 100 100 100    beside its tokens: here
+        cut where least  8 * 9 + 256     + 4 * 100 + 256      two are cheaper than one or three
+
+    Every rank gets equally many, empty ones ([]) where there are too few items: a rank with less
+    to do would leave the others waiting in a collective.
     """
     order = sorted(range(len(lengths)), key=lambda i: lengths[i])
-    best = [(0, 0)]  # best[n]: the least cost of the n shortest items, and where its last cut is
+    best = [(0, 0)]  # best[n]: what the n shortest items cost, and where their last cut is
     for n in range(1, len(order) + 1):
-        longest, options, height = lengths[order[n - 1]], [], 0
-        for cut in range(n - 1, -1, -1):
+        longest = lengths[order[n - 1]]
+        height = 0
+        options = []
+        for cut in range(n - 1, -1, -1):  # the last micro-batch from here to n, then the best before
             height += rows[order[cut]] if rows else 1
             if options and longest * height > micro_tokens:
                 break
-            if cut % 4 == 0 or n - cut == 1:
+            if cut % 4 == 0 or n - cut == 1:  # every fourth place is fine enough
                 options.append((best[cut][0] + longest * height + overhead, cut))
         best.append(min(options))
-    batches, n = [], len(order)
-    while n:
-        batches.append(order[best[n][1] : n])
-        n = best[n][1]
-    batches = batches[::-1] or [[]]
+    batches = []
+    n = len(order)
+    while n:  # from the last cut back to the first
+        _, cut = best[n]
+        batches.insert(0, order[cut:n])
+        n = cut
+    batches = batches or [[]]
     while len(batches) % world:  # split the largest in two
         b = max(range(len(batches)), key=lambda b: len(batches[b]))
         half = (len(batches[b]) + 1) // 2
