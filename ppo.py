@@ -6,12 +6,22 @@
 
 Documents: D0 4.2.3 (2), D2 第5节, D3 第4节, D4 3.5.2; Schulman et al. 2017, InstructGPT (2022).
 Four models (D0): policy (actor) and value model (critic) are trained, reference and reward model
-frozen. Where the documents are loose: only the policy samples, the reference scores its tokens; a
-token's reward is -kl_coef · (log π - log π_ref), at the last one plus the reward model's score; the
-critic is no part of it, it estimates returns and enters by the advantage; RL data are prompts only.
-Included: the critic starts from the reward model; scores normalized by that model's held-out mean
-and spread; a fixed score for replies that do not end; whitened advantages; clipped value loss. Left
-out: entropy bonus, adaptive KL, early stop. Sampling is from the distribution that is scored (T=1).
+frozen. Where the documents are loose:
+
+    1. only the policy samples; the reference scores the policy's tokens (D0 lets both reply)
+    2. a token's reward is -kl_coef · (log π - log π_ref), at the last one plus the reward model's
+       score; the critic is no part of it: it estimates returns and enters by the advantage
+    3. the data are prompts only, no comparisons (D2)
+
+What the paper leaves open, here:
+
+    1. the critic starts from the reward model
+    2. scores are normalized by that model's held-out mean and spread
+    3. a reply that does not end gets a fixed score
+    4. advantages are whitened, the value loss is clipped
+    5. sampling is from the distribution that is scored (T = 1)
+    6. left out: entropy bonus, adaptive KL, early stop
+
 Expect: first ratio 1 and first KL 0; the score rises while KL stays below a nat a reply.
 """
 
@@ -68,17 +78,21 @@ def gae(rewards, values, gamma, lam):
 
     δ_t = r_t + γ V_{t+1} - V_t, V after the end being 0 (D4 3.5.2's code reads beyond the array);
     A_t = δ_t + γλ A_{t+1}. Returns advantages and the value model's targets A + V, both (R,)."""
-    advantages, following = torch.zeros_like(rewards), 0.0
+    advantages = torch.zeros_like(rewards)
+    next_value = 0.0
+    next_advantage = 0.0
     for t in reversed(range(len(rewards))):
-        after = values[t + 1] if t + 1 < len(values) else 0.0
-        following = rewards[t] + gamma * after - values[t] + gamma * lam * following
-        advantages[t] = following
+        delta = rewards[t] + gamma * next_value - values[t]
+        advantages[t] = delta + gamma * lam * next_advantage
+        next_value = values[t]
+        next_advantage = advantages[t]
     return advantages, advantages + values
 
 
 def whiten(x):
     """Mean 0 and variance 1 over all response tokens of the batch: their scale moves nothing."""
-    return (x - x.mean()) * torch.rsqrt(x.var() + 1e-8) if len(x) > 1 else x - x.mean()
+    centred = x - x.mean()
+    return centred * torch.rsqrt(x.var() + 1e-8) if len(x) > 1 else centred
 
 
 def policy_loss(logprobs, old_logprobs, advantages, cliprange):
@@ -105,8 +119,8 @@ class Rollout:
     ended: bool
     score: float = 0.0  # the reward model's, normalized
     logprobs: torch.Tensor = None
-    ref_logprobs: torch.Tensor = None
     values: torch.Tensor = None
+    ref_logprobs: torch.Tensor = None
     advantages: torch.Tensor = None
     returns: torch.Tensor = None
 
@@ -115,22 +129,26 @@ class Rollout:
         return self.query + self.response, [0] * len(self.query) + [1] * len(self.response)
 
 
+def in_parts(rollouts, cfg) -> list[list[int]]:
+    """This process's micro-batches of rollouts, as their numbers."""
+    lengths = [len(r.query + r.response) for r in rollouts]
+    return my_micro_batches(lengths, cfg.micro_tokens)
+
+
 def respond(policy, queries, seeds, tokenizer, cfg) -> list[Rollout]:
     """Samples a reply to each query, this rank a share of them; every rank gets all."""
-    end, stop = tokenizer.ids["<|end|>"], tokenizer.ids["<|endoftext|>"]
-    rank, world = dist.get_rank(), dist.get_world_size()
-    mine = range(rank, len(queries), world)
+    end = tokenizer.ids["<|end|>"]
+    ends = [end, tokenizer.ids["<|endoftext|>"]]
+    mine = range(dist.get_rank(), len(queries), dist.get_world_size())
+    asked = [queries[i] for i in mine]
     with policy.gathered():  # one gather for the whole rollout: ranks end at different tokens
-        replies = generate(policy.model, [queries[i] for i in mine], cfg.max_new_tokens,
-                           [end, stop], seeds=[seeds[i] for i in mine])
-    replies = everywhere(dict(zip(mine, replies)))
-    return [Rollout(query, replies[i], replies[i][-1] == end) for i, query in enumerate(queries)]
-
-
-def split(rollouts, cfg) -> list[list[int]]:
-    """This rank's micro-batches of rollouts."""
-    lengths = [len(r.query) + len(r.response) for r in rollouts]
-    return my_micro_batches(lengths, cfg.micro_tokens)
+        replies = generate(policy.model, asked, cfg.max_new_tokens, ends,
+                           seeds=[seeds[i] for i in mine])
+    everyone = everywhere(dict(zip(mine, replies)))
+    rollouts = []
+    for i, query in enumerate(queries):
+        rollouts.append(Rollout(query, everyone[i], ended=everyone[i][-1] == end))
+    return rollouts
 
 
 def response_tokens(model, rollouts, tokenizer, device):
@@ -145,15 +163,21 @@ def response_tokens(model, rollouts, tokenizer, device):
 
 @torch.no_grad()
 def score_replies(reward, rollouts, norm, tokenizer, cfg, device) -> list[float]:
-    """The reward model's scores, read at <|reward|> behind each reply and normalized; a reply that
-    did not end gets its fixed score instead. Every rank gets all."""
-    mine, tail = {}, [tokenizer.ids["<|reward|>"]]
-    for part in split(rollouts, cfg):
+    """The reward model's scores, read at <|reward|> behind each reply and normalized by norm, its
+    (mean, spread); a reply that did not end gets a fixed score. Every rank gets all."""
+    tail = [tokenizer.ids["<|reward|>"]]
+    mine = {}
+    for part in in_parts(rollouts, cfg):
         rows = [rollouts[i].query + rollouts[i].response + tail for i in part] or [tail]
         padded, lengths = pad_rows(rows, tokenizer.ids["<|pad|>"])
-        mine |= dict(zip(part, reward.model.last(padded.to(device), lengths.to(device)).tolist()))
-    raw, other = everywhere(mine), cfg.missing_end_score
-    return [(raw[i] - norm[0]) / norm[1] if r.ended else other for i, r in enumerate(rollouts)]
+        scores = reward.model.last(padded.to(device), lengths.to(device))
+        mine |= zip(part, scores.tolist())
+    raw = everywhere(mine)
+    mean, spread = norm
+    scores = []
+    for i, r in enumerate(rollouts):
+        scores.append((raw[i] - mean) / spread if r.ended else cfg.missing_end_score)
+    return scores
 
 
 @torch.no_grad()
@@ -161,16 +185,19 @@ def experience(policy, value, reference, reward, rollouts, norm, tokenizer, cfg,
     """Fills in the rollouts. Every rank computes its micro-batches and receives the others': from
     here on all know the whole batch."""
     mine = {}
-    for part in split(rollouts, cfg):
+    for part in in_parts(rollouts, cfg):
         members = [rollouts[i] for i in part]
-        sizes, columns = [len(r.response) for r in members], []
-        for m in (policy, reference, value):
-            columns.append(response_tokens(m.model, members, tokenizer, device).cpu().split(sizes))
-        mine |= dict(zip(part, zip(*columns)))
+        sizes = [len(r.response) for r in members]
+        found = []
+        for sharded in (policy, value, reference):
+            said = response_tokens(sharded.model, members, tokenizer, device)
+            found.append(said.cpu().split(sizes))
+        mine |= zip(part, zip(*found))
     everyone = everywhere(mine)
     scores = score_replies(reward, rollouts, norm, tokenizer, cfg, device)
     for i, r in enumerate(rollouts):
-        r.score, (r.logprobs, r.ref_logprobs, r.values) = scores[i], everyone[i]
+        r.logprobs, r.values, r.ref_logprobs = everyone[i]
+        r.score = scores[i]
         rewards = token_rewards(r.score, r.logprobs, r.ref_logprobs, cfg.kl_coef)
         r.advantages, r.returns = gae(rewards, r.values, cfg.gamma, cfg.lam)
     whitened = whiten(torch.cat([r.advantages for r in rollouts]))
@@ -178,50 +205,78 @@ def experience(policy, value, reference, reward, rollouts, norm, tokenizer, cfg,
         r.advantages = advantages
 
 
+# ================================================================================ update
+
+def flat(tensors, device=None):
+    """One tensor (n,) of the tokens of some replies, in their order."""
+    return torch.cat([torch.zeros(0), *tensors]).to(device)
+
+
+def learn(policy, value, rollouts, count, tokenizer, cfg, device) -> dict:
+    """Adds a micro-batch's gradients, of means over the `count` response tokens of its minibatch.
+    Returns each metric's sum over its tokens, and how far from 1 a ratio is."""
+    # 1. what was said of its tokens after the rollout
+    old_logprobs = flat([r.logprobs for r in rollouts], device)
+    old_values = flat([r.values for r in rollouts], device)
+    advantages = flat([r.advantages for r in rollouts], device)
+    returns = flat([r.returns for r in rollouts], device)
+    # 2. what the policy says now
+    logprobs = response_tokens(policy.model, rollouts, tokenizer, device)
+    losses, ratio = policy_loss(logprobs, old_logprobs, advantages, cfg.cliprange)
+    policy.backward(losses.sum() / count)
+    # 3. what the value model says now
+    values = response_tokens(value.model, rollouts, tokenizer, device)
+    value_losses = value_loss(values, old_values, returns, cfg.cliprange_value)
+    value.backward(value_losses.sum() / count)
+    # 4. metrics
+    off = (ratio.detach() - 1).abs()
+    kl = ratio - 1 - (logprobs - old_logprobs)  # k3: the mean is KL(π_old, π), no term < 0
+    return {"policy_loss": float(losses.sum()), "value_loss": float(value_losses.sum()),
+            "approx_kl": float(kl.sum()), "clipfrac": float((off > cfg.cliprange).sum()),
+            "ratio_error": max(off.tolist(), default=0.0)}
+
+
 def update(policy, value, rollouts, step, tokenizer, cfg, device, rate) -> dict:
     """ppo_epochs × minibatches optimizer steps on a batch of rollouts. Returns means over response
     tokens, the last gradient norm, and how far from 1 a ratio was before the first step."""
-    sums, ratio_error, norm = torch.zeros(4, dtype=torch.float64), 0.0, None
+    sums = dict.fromkeys(("policy_loss", "value_loss", "approx_kl", "clipfrac"), 0.0)
+    ratio_error = 0.0
+    optimizer_steps = 0
     for epoch in range(cfg.ppo_epochs):
         order = np.random.default_rng([cfg.seed, step, epoch]).permutation(len(rollouts))
         for chosen in np.array_split(order, min(cfg.minibatches, len(order))):
             batch = [rollouts[i] for i in chosen]
             count = sum(len(r.response) for r in batch)
-            for part in split(batch, cfg):
+            for part in in_parts(batch, cfg):
                 members = [batch[i] for i in part]
-                old, advantages, old_values, returns = (
-                    torch.cat([torch.zeros(0), *(getattr(r, k) for r in members)]).to(device)
-                    for k in ("logprobs", "advantages", "values", "returns"))
-                new = response_tokens(policy.model, members, tokenizer, device)
-                losses, ratio = policy_loss(new, old, advantages, cfg.cliprange)
-                policy.backward(losses.sum() / count)
-                values = response_tokens(value.model, members, tokenizer, device)
-                value_losses = value_loss(values, old_values, returns, cfg.cliprange_value)
-                value.backward(value_losses.sum() / count)
-                off = (ratio.detach() - 1).abs()
-                if norm is None:
-                    ratio_error = max([ratio_error, *off.tolist()])
-                approx_kl = ratio - 1 - (new - old)  # k3: the mean is KL(π_old, π), no term < 0
-                columns = (losses, value_losses, approx_kl, off > cfg.cliprange)
-                sums += torch.stack([column.detach().sum() for column in columns]).cpu()
+                found = learn(policy, value, members, count, tokenizer, cfg, device)
+                for name in sums:
+                    sums[name] += found[name]
+                if optimizer_steps == 0:
+                    ratio_error = max(ratio_error, found["ratio_error"])
             norm = policy.step(cfg.lr * rate)
             value.step(cfg.value_lr * rate)
+            optimizer_steps += 1
     tokens = cfg.ppo_epochs * sum(len(r.response) for r in rollouts)
-    names = ("policy_loss", "value_loss", "approx_kl", "clipfrac")
-    means = {name: s / tokens for name, s in zip(names, all_sum(*sums, device=device))}
-    ratio_error = max(everywhere({dist.get_rank(): ratio_error}).values())
-    return means | {"grad_norm": norm, "ratio_error": ratio_error}
+    totals = all_sum(*sums.values(), device=device)
+    means = {name: total / tokens for name, total in zip(sums, totals)}
+    errors = everywhere({dist.get_rank(): ratio_error})
+    return means | {"grad_norm": norm, "ratio_error": max(errors.values())}
 
 
 def summary(rollouts) -> dict:
     """Means over rollouts: score, entropy per token, KL to the reference per reply, length, replies
     that end; and the share of the returns' variance that the value model explains."""
-    n, keys = len(rollouts), ("logprobs", "ref_logprobs", "values", "returns")
-    logprobs, ref_logprobs, values, returns = (
-        torch.cat([getattr(r, k) for r in rollouts]) for k in keys)
-    unexplained = (returns - values).var(correction=0) / returns.var(correction=0).clamp(min=1e-8)
-    return {"score": sum(r.score for r in rollouts) / n, "entropy": -float(logprobs.mean()),
-            "kl": float((logprobs - ref_logprobs).sum()) / n, "length": len(values) / n,
+    n = len(rollouts)
+    logprobs = flat([r.logprobs for r in rollouts])
+    kl = logprobs - flat([r.ref_logprobs for r in rollouts])
+    returns = flat([r.returns for r in rollouts])
+    errors = returns - flat([r.values for r in rollouts])
+    unexplained = errors.var(correction=0) / returns.var(correction=0).clamp(min=1e-8)
+    return {"score": sum(r.score for r in rollouts) / n,
+            "entropy": -float(logprobs.mean()),
+            "kl": float(kl.sum()) / n,
+            "length": len(logprobs) / n,
             "ended": sum(r.ended for r in rollouts) / n,
             "explained_variance": 1 - float(unexplained)}
 
@@ -230,15 +285,47 @@ def summary(rollouts) -> dict:
 
 def open_prompts(cfg, tokenizer, limit) -> tuple[list[list[int]], list[dict]]:
     """Queries as ids, and their records; those that leave no room for a reply are dropped."""
+    queries = []
+    kept = []
     records = read_prompts(cfg.prompts)
-    rendered = [(render(r["messages"], tokenizer)[0], r) for r in records]
-    kept = [(ids, r) for ids, r in rendered if len(ids) + cfg.max_new_tokens + 1 <= limit]
+    for record in records:
+        ids, _ = render(record["messages"], tokenizer)
+        if len(ids) + cfg.max_new_tokens + 1 <= limit:
+            queries.append(ids)
+            kept.append(record)
     room = f"the context of {limit} with --max-new-tokens {cfg.max_new_tokens}"
     if len(kept) < len(records):
         print0(f"{cfg.prompts}: {len(records) - len(kept)} of {len(records)} do not fit {room}")
     if not kept:
         raise SystemExit(f"{cfg.prompts}: no prompt fits {room}")
-    return [ids for ids, _ in kept], [r for _, r in kept]
+    return queries, kept
+
+
+def open_models(cfg, dtype, device) -> dict:
+    """The four models, each printed with what it holds here."""
+    options = {"weight_decay": cfg.weight_decay, "grad_clip": cfg.grad_clip,
+               "offload": cfg.offload}
+    place = (cfg.zero, dtype, device)
+    frozen = load_model(cfg.init).requires_grad_(False)
+    judge = load_model(cfg.reward, ScalarModel).requires_grad_(False)
+    models = {"policy": AdamW(load_model(cfg.init), *place, **options),
+              "value": AdamW(load_model(cfg.reward, ScalarModel), *place, **options),
+              "reference": Sharded(frozen, *place),
+              "reward": Sharded(judge, *place)}
+    for name, sharded in models.items():
+        sharded.model.model.activation_checkpointing = cfg.checkpointing
+        size = sharded.model.config.num_parameters()
+        held = sum(sharded.live_bytes().values())
+        what = "trained" if isinstance(sharded, AdamW) else "frozen"
+        print0(f"{name:<10} {size:>12,} parameters, {what:<8} {held:>14,} bytes here")
+    return models
+
+
+def score_norm(folder) -> tuple[float, float]:
+    """Mean and spread of the reward model's held-out scores: what its zero and its unit are."""
+    path = Path(folder) / "eval.json"
+    seen = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    return seen.get("score_mean", 0.0), max(seen.get("score_std", 1.0), 1e-3)
 
 
 def judged(model, queries, records, reward, norm, tokenizer, cfg, device) -> dict:
@@ -246,48 +333,46 @@ def judged(model, queries, records, reward, norm, tokenizer, cfg, device) -> dic
     seeds = [keyed_seed(cfg.seed, "evaluate", i) for i in range(len(queries))]
     rollouts = respond(model, queries, seeds, tokenizer, cfg)
     scores = score_replies(reward, rollouts, norm, tokenizer, cfg, device)
-    replies = [tokenizer.decode(r.response) for r in rollouts]
-    gold = [gold_score(r, reply) for r, reply in zip(records, replies) if "answer" in r]
-    for record, reply, score in list(zip(records, replies, scores))[:3]:
-        print0(f"  {record['messages'][-1]['content'][:60]!r} → {reply[:80]!r}  {score:+.2f}")
-    return {"score": sum(scores) / len(scores)} | ({"gold": sum(gold) / len(gold)} if gold else {})
+    gold = []
+    for i, record in enumerate(records):
+        reply = tokenizer.decode(rollouts[i].response)
+        if "answer" in record:
+            gold.append(gold_score(record, reply))
+        if i < 3:
+            question = record["messages"][-1]["content"]
+            print0(f"  {question[:60]!r} → {reply[:80]!r}  {scores[i]:+.2f}")
+    result = {"score": sum(scores) / len(scores)}
+    if gold:
+        result["gold"] = sum(gold) / len(gold)
+    return result
 
 
 def main(cfg):
+    # 1. models: four of them
     device, dtype = setup(cfg)
     tokenizer = Tokenizer.load(cfg.init)
     if Tokenizer.load(cfg.reward).hash != tokenizer.hash:
         raise SystemExit(f"{cfg.reward}: another tokenizer than {cfg.init}'s; train it from there")
-    weights = (f"{cfg.init}/model.safetensors", f"{cfg.reward}/model.safetensors")
+    weights = [f"{cfg.init}/model.safetensors", f"{cfg.reward}/model.safetensors"]
     run = Run(cfg, cfg.steps, inputs=[*cfg.prompts.split(","), *weights])
-    kind = (cfg.zero, dtype, device)
-    options = {"weight_decay": cfg.weight_decay, "grad_clip": cfg.grad_clip,
-               "offload": cfg.offload}
-    policy = AdamW(load_model(cfg.init), *kind, **options)
-    value = AdamW(load_model(cfg.reward, ScalarModel), *kind, **options)
-    reference = Sharded(load_model(cfg.init).requires_grad_(False), *kind)
-    reward = Sharded(load_model(cfg.reward, ScalarModel).requires_grad_(False), *kind)
-    models = {"policy": policy, "value": value, "reference": reference, "reward": reward}
-    for name, m in models.items():
-        m.model.model.activation_checkpointing = cfg.checkpointing
-        size, here = m.model.config.num_parameters(), sum(m.live_bytes().values())
-        what = "trained" if m in (policy, value) else "frozen"
-        print0(f"{name:<10} {size:>12,} parameters, {what:<8} {here:>14,} bytes here")
+    models = open_models(cfg, dtype, device)
+    policy, value = models["policy"], models["value"]
+    # 2. data: prompts, the last of them held out
     limit = min(m.model.config.max_position_embeddings for m in models.values())
     queries, records = open_prompts(cfg, tokenizer, limit)
     held = min(256, int(len(queries) * cfg.val_fraction), len(queries) - 1)
-    training = queries[: len(queries) - held]
-    path = Path(cfg.reward) / "eval.json"
-    seen = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    norm = (seen.get("score_mean", 0.0), max(seen.get("score_std", 1.0), 1e-3))
-    print0(f"{len(training)} prompts, {held} held out; score (raw - {norm[0]:.3g}) / {norm[1]:.3g}")
+    trained = len(queries) - held
+    norm = score_norm(cfg.reward)
+    print0(f"{trained} prompts, {held} held out; score (raw - {norm[0]:.3g}) / {norm[1]:.3g}")
 
+    # 3. loop
     for step in range(run.resume(policy=policy, value=value), cfg.steps):
-        chosen = epoch_rows(cfg.seed, step, cfg.batch_size, len(training))
+        chosen = epoch_rows(cfg.seed, step, cfg.batch_size, trained)
         seeds = [keyed_seed(cfg.seed, "rollout", step, row) for row in range(len(chosen))]
-        # 1. the policy replies, 2. four models look at the replies, 3. policy and value model learn
-        rollouts = respond(policy, [training[i] for i in chosen], seeds, tokenizer, cfg)
-        experience(*models.values(), rollouts, norm, tokenizer, cfg, device)
+        # the policy replies, four models look at the replies, policy and value model learn
+        rollouts = respond(policy, [queries[i] for i in chosen], seeds, tokenizer, cfg)
+        experience(**models, rollouts=rollouts, norm=norm, tokenizer=tokenizer, cfg=cfg,
+                   device=device)
         rate = lr_at(step, cfg.steps, 1.0, cfg.warmup, cfg.min_lr)
         losses = update(policy, value, rollouts, step, tokenizer, cfg, device, rate)
         metrics = summary(rollouts)
@@ -300,12 +385,15 @@ def main(cfg):
         run.log(step, units=tokens, **metrics, **losses, lr=cfg.lr * rate)
         run.boundary(step, policy=policy, value=value)
 
+    # 4. judge: replies to the held-out prompts before and after
     result = {}
-    if held:
-        for name, model in (("before", reference), ("after", policy)):
+    for name, model in (("before", models["reference"]), ("after", policy)):
+        if held:
             print0(f"replies {name}, with their scores:")
-            judging = (queries[-held:], records[-held:], reward, norm, tokenizer, cfg, device)
-            result |= {f"{k} {name}": v for k, v in judged(model, *judging).items()}
+            found = judged(model, queries[trained:], records[trained:], models["reward"], norm, tokenizer, cfg, device)
+            result |= {f"{key} {name}": number for key, number in found.items()}
+
+    # 5. save
     save_model(cfg.out, policy.model, policy.full_parameters(), write=dist.get_rank() == 0)
     if dist.get_rank() == 0:
         tokenizer.save(cfg.out)
