@@ -19,7 +19,6 @@ ifneq ($(NPROC),1)
 LAUNCH := OMP_NUM_THREADS=1 $(BIN)/torchrun --standalone --nproc-per-node $(NPROC)
 endif
 FLAGS := --zero $(ZERO) --seed $(SEED)
-comma := ,
 .DELETE_ON_ERROR:
 .PHONY: all data base sft collect reward ppo dpo seeds test test-all bench clean
 
@@ -67,13 +66,14 @@ $(OUT)/dpo/eval.json: $(OUT)/comparisons-2.jsonl
 
 $(OUT)/table.json: $(OUT)/ppo/eval.json $(OUT)/dpo/eval.json
 	$(LAUNCH) reward.py table $(FLAGS) --models $(OUT)/base,$(OUT)/sft,$(OUT)/ppo,$(OUT)/dpo \
-	  --data $(OUT)/data/eval.jsonl --text $(OUT)/data/heldout.jsonl --train $(OUT)/data/sft.jsonl \
-	  --prompts $(OUT)/data/prompts.jsonl --reward $(OUT)/reward --reference $(OUT)/sft --out $@
+	  --data $(OUT)/data/eval.jsonl --text $(OUT)/data/heldout.jsonl --prompts $(OUT)/data/prompts.jsonl \
+	  --reward $(OUT)/reward --reference $(OUT)/sft --out $@
+	$(BIN)/python tests/seeds.py road --table $@ --data $(OUT)/data/eval.jsonl --prompts $(OUT)/data/prompts.jsonl \
+	  --train $(OUT)/data/sft.jsonl
 
 seeds:
 	for seed in $(SEEDS); do $(MAKE) SEED=$$seed OUT=$(OUT)/seed-$$seed all || exit 1; done
-	$(BIN)/python reward.py table --out $(OUT)/table.json \
-	  --tables $(subst $() ,$(comma),$(SEEDS:%=$(OUT)/seed-%/table.json))
+	$(BIN)/python tests/seeds.py merge $(SEEDS:%=$(OUT)/seed-%/table.json) --out $(OUT)/table.json
 
 test: .venv/ready
 	$(BIN)/python -m pytest -q -m "not slow" tests

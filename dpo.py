@@ -51,22 +51,31 @@ METRICS = ("loss", "accuracy", "chosen", "rejected", "margin")
 def dpo_loss(chosen, rejected, ref_chosen, ref_rejected, beta):
     """-log σ(β·[(log π - log π_ref)(chosen) - (log π - log π_ref)(rejected)]), per pair (eq. 7).
     All (P,): log-probabilities summed over a reply. Returns losses and the two implicit rewards."""
-    better, worse = beta * (chosen - ref_chosen), beta * (rejected - ref_rejected)
+    better = beta * (chosen - ref_chosen)
+    worse = beta * (rejected - ref_rejected)
     return -F.logsigmoid(better - worse), better.detach(), worse.detach()
 
 
 def pairs_of(record, count, seed, misplaced=1.0) -> list[tuple[str, str]]:
     """Up to `count` different pairs (best, worse) of one prompt's replies, drawn by the seed.
 
-    Where sampling temperatures are known, the coolest come first: they are nearest to what the
-    policy says. Replies to other prompts (temperature 0) count only where they do harm or refuse
-    the harmless, on a share `misplaced` of the prompts: many such refusals undo the others."""
-    replies, heat = record["replies"], record.get("temperatures")
-    scored = list(zip(replies, record["scores"], heat or [1.0] * len(replies)))
-    drawn = keyed_seed(seed, record["messages"]) % 1000 < 1000 * misplaced
-    found = {(max(h, k), keyed_seed(seed, a, b), a, b) for a, x, h in scored for b, y, k in scored
-             if x == max(record["scores"]) > y and h > 0 and (k > 0 or y == -1 and drawn)}
-    return [(a, b) for _, _, a, b in sorted(found)[:count]]
+    Pairs without a hot reply come first: they are nearest to what the policy says. A misplaced
+    reply counts only where it does harm or refuses the harmless (score -1), on a share `misplaced`
+    of the prompts: many such refusals undo the others."""
+    replies, scores = record["replies"], record["scores"]
+    sources = record.get("sources") or ["sample"] * len(replies)
+    drawn_share = keyed_seed(seed, record["messages"]) % 1000 / 1000  # in [0, 1), by the prompt
+    usable = []
+    for reply, score, source in zip(replies, scores, sources):
+        if source != "misplaced" or score == -1 and drawn_share < misplaced:
+            usable.append((reply, score, source))
+    order = {}  # pair: what the pairs are sorted by
+    for chosen, high, origin in usable:
+        for rejected, low, other in usable:
+            if high == max(scores) > low:
+                hot = "hot" in (origin, other)
+                order[chosen, rejected] = (hot, keyed_seed(seed, chosen, rejected))
+    return sorted(order, key=order.get)[:count]
 
 
 def pair_rows(record, pair, tokenizer, context) -> list[tuple[list[int], list[int]]]:
@@ -74,101 +83,116 @@ def pair_rows(record, pair, tokenizer, context) -> list[tuple[list[int], list[in
     prompt, _ = render(record["messages"], tokenizer)
     rows = []
     for text in pair:
-        start, reply = fit(prompt, tokenizer.encode(text) + [tokenizer.ids["<|end|>"]], context)
+        ids = tokenizer.encode(text) + [tokenizer.ids["<|end|>"]]
+        start, reply = fit(prompt, ids, context)
         rows.append((start + reply, [0] * len(start) + [1] * len(reply)))
     return rows
 
 
 def sequence_logprobs(model, pairs, tokenizer, device):
     """Chosen and rejected (P,) in one forward: log-probabilities of the replies, summed."""
-    input_ids, targets = collate(sum(pairs, []), tokenizer.ids["<|pad|>"])
-    sums = token_logprobs(model, input_ids.to(device), targets.to(device)).sum(-1)
-    return (sums[0::2], sums[1::2]) if pairs else (sums, sums)
+    rows = sum(pairs, [])  # chosen, rejected, chosen, rejected, …; collate makes no rows one
+    input_ids, targets = collate(rows, tokenizer.ids["<|pad|>"])  # (2P, T)
+    logprobs = token_logprobs(model, input_ids.to(device), targets.to(device))
+    return logprobs.sum(-1)[: len(rows)].view(-1, 2).T
 
 
-def split(pairs, cfg) -> list[list[int]]:
-    """This rank's micro-batches of pairs."""
+def in_parts(pairs, known, cfg):
+    """This process's micro-batches of pairs, each with what is known of its pairs."""
     lengths = [max(len(ids) for ids, _ in pair) for pair in pairs]
-    rows = [2] * len(pairs)
-    return my_micro_batches(lengths, cfg.micro_tokens, rows)
+    for part in my_micro_batches(lengths, cfg.micro_tokens, [2] * len(pairs)):
+        yield [pairs[i] for i in part], [known[i] for i in part]
 
 
 @torch.no_grad()
-def reference_logprobs(pairs, tokenizer, cfg, device, dtype) -> dict[int, tuple[float, float]]:
-    """{pair: (chosen, rejected)} under the frozen start, a second model only until this returns."""
+def reference_logprobs(pairs, tokenizer, cfg, device, dtype) -> list[tuple[float, float]]:
+    """(chosen, rejected) of every pair under the frozen start, the second model until it returns."""
     frozen = load_model(cfg.reference or cfg.init).requires_grad_(False)
     reference = Sharded(frozen, cfg.zero, dtype, device)
-    size, held = reference.model.config.num_parameters(), reference.live_bytes()["parameters"]
-    print0(f"two models: policy and reference of {size:,} parameters each; the reference holds "
-           f"{held:,} bytes here until its log-probabilities are kept")
+    held = reference.live_bytes()["parameters"]
+    print0(f"two models: policy and reference of {frozen.config.num_parameters():,} parameters "
+           f"each; the reference holds {held:,} bytes here until its log-probabilities are kept")
     mine = {}
-    for part in split(pairs, cfg):
-        sides = sequence_logprobs(reference.model, [pairs[i] for i in part], tokenizer, device)
-        mine |= dict(zip(part, zip(*(side.tolist() for side in sides))))
-    return everywhere(mine)
+    for members, numbers in in_parts(pairs, range(len(pairs)), cfg):
+        sides = sequence_logprobs(frozen, members, tokenizer, device)
+        mine |= zip(numbers, sides.T.tolist())
+    everyone = everywhere(mine)
+    return [everyone[i] for i in range(len(pairs))]
 
 
 def pair_losses(model, pairs, reference, tokenizer, cfg, device):
-    """Sums over pairs: what is minimised, and the METRICS."""
+    """What is minimised, and the METRICS (5,): sums over the pairs (0 of an empty micro-batch)."""
     chosen, rejected = sequence_logprobs(model, pairs, tokenizer, device)
-    if not pairs:
-        return chosen.sum() * 0.0, torch.zeros(5)
-    ref_chosen, ref_rejected = torch.tensor(reference, dtype=chosen.dtype, device=device).T
-    losses, better, worse = dpo_loss(chosen, rejected, ref_chosen, ref_rejected, cfg.beta)
-    lengths = torch.tensor([sum(pair[0][1]) for pair in pairs], device=device)
+    before = torch.tensor(reference, dtype=chosen.dtype, device=device).view(-1, 2)  # (P, 2)
+    losses, better, worse = dpo_loss(chosen, rejected, *before.T, cfg.beta)
+    lengths = torch.tensor([sum(mask) for (_, mask), _ in pairs], device=device)
+    likelihood = cfg.nll_coef * chosen / lengths  # what the paper has not
     metrics = torch.stack([losses.detach(), better > worse, better, worse, better - worse])
-    return (losses - cfg.nll_coef * chosen / lengths).sum(), metrics.sum(-1).cpu()
+    return (losses - likelihood).sum(), metrics.sum(-1).cpu()
+
+
+def means(sums, count, device) -> dict:
+    """{metric: its mean over `count` pairs of all processes}."""
+    return {name: total / count for name, total in zip(METRICS, all_sum(*sums, device=device))}
 
 
 @torch.no_grad()
 def evaluate(model, pairs, reference, tokenizer, cfg, device) -> dict:
     """Held-out pairs: loss, accuracy of the implicit reward, its two sides and their margin."""
-    total = torch.zeros(5)
-    for part in split(pairs, cfg):
-        members, known = [pairs[i] for i in part], [reference[i] for i in part]
-        total += pair_losses(model, members, known, tokenizer, cfg, device)[1]
-    return dict(zip(METRICS, (x / len(pairs) for x in all_sum(*total, device=device))))
+    sums = torch.zeros(5)
+    for members, known in in_parts(pairs, reference, cfg):
+        _, metrics = pair_losses(model, members, known, tokenizer, cfg, device)
+        sums += metrics
+    return means(sums, len(pairs), device)
 
 
 def main(cfg):
+    # 1. data: pairs as token ids, the last of them held out
     device, dtype = setup(cfg)
     tokenizer = Tokenizer.load(cfg.init)
-    drawn = [(record, pair) for record in read_comparisons(cfg.data)
-             for pair in pairs_of(record, cfg.pairs, cfg.seed, cfg.misplaced)]
-    pairs = [pair_rows(record, pair, tokenizer, cfg.context) for record, pair in drawn]
-    end = len(pairs) - int(len(pairs) * cfg.val_fraction)
-    training, val = range(end), range(end, len(pairs))
-    if not training:
+    pairs = []
+    for record in read_comparisons(cfg.data):
+        for pair in pairs_of(record, cfg.pairs, cfg.seed, cfg.misplaced):
+            pairs.append(pair_rows(record, pair, tokenizer, cfg.context))
+    held = int(len(pairs) * cfg.val_fraction)
+    trained = len(pairs) - held
+    if not trained:
         raise SystemExit(f"{cfg.data}: no prompt to train on has two replies of different scores")
-    steps = cfg.steps or max(1, round(cfg.epochs * len(training) / cfg.batch_size))
+    steps = cfg.steps or max(1, round(cfg.epochs * trained / cfg.batch_size))
     run = Run(cfg, steps, inputs=[*cfg.data.split(","), f"{cfg.init}/model.safetensors"])
+    print0(f"{trained} pairs, {held} held out")
+
+    # 2. models: what the reference says of every pair, then the policy
     reference = reference_logprobs(pairs, tokenizer, cfg, device, dtype)
     model = load_model(cfg.init)
     model.model.activation_checkpointing = cfg.checkpointing
     optimizer = AdamW(model, cfg.zero, dtype, device, weight_decay=cfg.weight_decay,
                       grad_clip=cfg.grad_clip, offload=cfg.offload)
-    print0(f"{len(training)} pairs, {len(val)} held out")
 
+    # 3. loop
     for step in range(run.resume(model=optimizer), steps):
-        batch = [training[i] for i in epoch_rows(cfg.seed, step, cfg.batch_size, len(training))]
-        rows, metrics = [pairs[i] for i in batch], torch.zeros(5)
-        for part in split(rows, cfg):
-            members, known = [rows[i] for i in part], [reference[batch[i]] for i in part]
-            loss, sums = pair_losses(model, members, known, tokenizer, cfg, device)
+        chosen = epoch_rows(cfg.seed, step, cfg.batch_size, trained)
+        batch = [pairs[i] for i in chosen]
+        sums = torch.zeros(5)
+        for members, known in in_parts(batch, [reference[i] for i in chosen], cfg):
+            loss, metrics = pair_losses(model, members, known, tokenizer, cfg, device)
             optimizer.backward(loss / len(batch))
-            metrics += sums
+            sums += metrics
         lr = lr_at(step, steps, cfg.lr, cfg.warmup, cfg.min_lr)
         norm = optimizer.step(lr)
-        means = dict(zip(METRICS, (x / len(batch) for x in all_sum(*metrics, device=device))))
+        found = means(sums, len(batch), device)
         if step == 0 and cfg.reference in ("", cfg.init):
-            print0(f"first loss {means['loss']:.4f}, expected {math.log(2):.4f} (ln 2)")
-        tokens = sum(len(ids) for ids, _ in sum(rows, []))
-        run.log(step, units=tokens, **means, grad_norm=norm, lr=lr)
+            print0(f"first loss {found['loss']:.4f}, expected {math.log(2):.4f} (ln 2)")
+        tokens = sum(len(ids) for pair in batch for ids, _ in pair)
+        run.log(step, units=tokens, **found, grad_norm=norm, lr=lr)
         run.boundary(step, model=optimizer)
 
+    # 4. judge on what was held out; on all if nothing was
+    first = trained if held else 0
     with optimizer.gathered():
-        rows, known = zip(*((pairs[i], reference[i]) for i in val or training))
-        result = evaluate(model, rows, known, tokenizer, cfg, device)
+        result = evaluate(model, pairs[first:], reference[first:], tokenizer, cfg, device)
+
+    # 5. save
     save_model(cfg.out, model, optimizer.full_parameters(), write=dist.get_rank() == 0)
     if dist.get_rank() == 0:
         tokenizer.save(cfg.out)

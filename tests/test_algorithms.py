@@ -12,6 +12,7 @@ import torch
 import dpo
 import ppo
 import reward
+import seeds
 import sft
 from data import Tokenizer, render
 from model import CausalLM, ModelConfig, ScalarModel, save_model
@@ -155,9 +156,12 @@ def test_pairs_are_drawn_without_ties_and_share_the_prompts_tokens():
     every = {("a", "bb"), ("a", "d"), ("c", "bb"), ("c", "d")}  # the best before a worse one
     assert set(dpo.pairs_of(record, 99, 0)) == every and len(dpo.pairs_of(record, 99, 0)) == 4
     assert len({p for seed in range(9) for p in dpo.pairs_of(record, 1, seed)}) > 2  # by the seed
-    record["temperatures"] = [1.0, 1.0, 1.5, 1.5]
+    record["sources"] = ["sample", "sample", "hot", "hot"]
     assert all(dpo.pairs_of(record, 1, seed) == [("a", "bb")] for seed in range(9))  # the coolest
-    record["temperatures"] = [1.0, 0.0, 0.0, 0.0]  # of what is misplaced only refusals (-1) count,
+    assert len(dpo.pairs_of(record, 9, 0)) == 4 and dpo.pairs_of(record, 9, 0)[0] == ("a", "bb")
+    record["sources"] = ["misplaced", "sample", "misplaced", "hot"]
+    assert dpo.pairs_of(record, 9, 0) == []  # what is misplaced is never the better one,
+    record["sources"] = ["sample"] + ["misplaced"] * 3  # and of it only refusals (-1) count,
     assert dpo.pairs_of(record, 9, 0, misplaced=1.0) == [("a", "d")]
     prompts = [record | {"messages": [{"role": "user", "content": str(i)}]} for i in range(200)]
     drawn = sum(len(dpo.pairs_of(r, 9, 0, misplaced=0.3)) for r in prompts)
@@ -180,24 +184,21 @@ def test_conversations_without_a_trained_token_are_dropped_and_counted(alone, tm
 
 def test_a_misplaced_reply_is_what_this_prompt_must_not_get():
     kinds = ("harmful", "lookalike", "exact", "final", "exact", "harmful")
-    records = [{"kind": k, "family": f} for k, f in zip(kinds, ("harmful", "lookalike", *"abc", "h"))]
-    texts = {(i, 0): i for i in range(len(records))}
-
-    def sources(i):
-        return {reward.misplaced(records, texts, i, seed, {}) for seed in range(30)}
-
-    assert sources(0) == {1} and sources(1) == {0, 5}  # harm and its look-alikes, both ways
-    assert sources(2) == {3, 4} and sources(3) == {2, 4}  # else another family, and no refusal
-    assert reward.misplaced(records[2:3], texts, 0, 7, {}) == 0  # alone: its own
+    families = ("harmful", "lookalike", "a", "b", "c", "h")
+    others = reward.misplaced([{"kind": k, "family": f} for k, f in zip(kinds, families)])
+    assert others[0] == others[5] == [1] and others[1] == [0, 5]  # harm and its look-alikes
+    assert others[2:5] == [[3, 4], [2, 4], [2, 3]]  # else another family, and no refusal
+    assert reward.misplaced([{}]) == [[]]
 
 
 def test_pairs_of_replies_are_named_by_what_they_differ_in():
-    harmful = {"kind": "harmful", "scores": [1.0, -1.0, -0.5], "temperatures": [1.0, 1.0, 1.5]}
+    harmful = {"kind": "harmful", "scores": [1.0, -1.0, -0.5], "sources": ["sample", "sample", "hot"]}
     assert reward.pair_kind(harmful, 0, 1) == "safety"
-    assert reward.pair_kind(harmful, 0, 2) == "right/wrong T=1.5"  # a broken refusal
-    other = {"kind": "exact", "scores": [1.0, 0.0, 0.0, -1.0], "temperatures": [1.0, 1.5, 0.0, 1.0]}
+    assert reward.pair_kind(harmful, 0, 2) == "right/wrong, hot"  # a broken refusal
+    other = {"kind": "exact", "scores": [1.0, 0.0, 0.0, -1.0],
+             "sources": ["sample", "hot", "misplaced", "sample"]}
     kinds = [reward.pair_kind(other, 0, j) for j in (1, 2, 3)]
-    assert kinds == ["right/wrong T=1.5", "format", "right/wrong T=1"]
+    assert kinds == ["right/wrong, hot", "format", "right/wrong"]
     assert reward.pair_kind(other, 1, 3) == "both wrong"
     assert reward.pair_kind({"scores": [1, 0]}, 0, 1) == "right/wrong"  # comparisons of one's own
 
@@ -250,7 +251,7 @@ def test_tables_of_several_seeds_have_the_interval_of_their_mean(tmp_path):
                    "best constant": {"row": cell, "families": {}}}
         columns["out/base"] = {"families": {}} | ({"row": cell} if seed == 0 else {})
         (tmp_path / f"{seed}.json").write_text(json.dumps(columns))
-    table = reward.merged([str(tmp_path / f"{seed}.json") for seed in range(3)])
+    table = seeds.merged([str(tmp_path / f"{seed}.json") for seed in range(3)])
     assert list(table) == ["sft", "best constant", "base"]
     cell = table["sft"]["row"]
     half = 4.30 * 0.1 / math.sqrt(3)  # t of two degrees of freedom, s = 0.1
@@ -298,7 +299,7 @@ def test_the_columns_that_learn_nothing_take_the_nearest_prompt_and_the_commones
         record["messages"].append({"role": "assistant", "content": reply})
     records = [case("the home of Bo", "", "fact"), case("what is 1+1", "", "sum"),
                case("?", "", "other")]
-    found = reward.unlearned(train, records)
+    found = seeds.unlearned(train, records)
     similar, constant = ([found[name][i, n] for i in range(3) for n in (-1, 0)]
                          for name in ("similar prompt", "best constant"))
     assert similar[:4] == ["Rome", "Rome", "2", "2"]
@@ -349,12 +350,17 @@ def test_a_column_measures_its_samples_against_the_reference(alone, tmp_path):
     assert mean["distinct-2, T=1"] == len(set(map(tuple, bigrams))) / 15
 
 
-def test_the_figure_has_every_model_in_every_panel_and_percentages():
-    cell = {"mean": 0.5, "low": 0.25, "high": 1.0, "n": 9}
+def test_the_figure_has_every_model_in_every_panel_and_percentages(tmp_path):
+    cell = {"mean": 0.5, "low": 0.0, "high": 1.0, "n": 9}
     row = "exact match, new combinations"
     columns = {"best constant": {row: cell}, "out/base": {"bits per byte": cell},
                "out/sft": {row: cell, "gold score, T=1": cell, "bits per byte": cell}}
-    found = {name: xs for panel in reward.panels(columns) for name, xs in panel["series"].items()}
-    assert str(found[row]) == str((["base", "sft"], [math.nan, 50.0], [math.nan, 25.0],
-                                   [math.nan, 100.0]))
-    assert found["gold score, T=1"][1][1] == 0.5
+    models = {"base": columns["out/base"], "sft": columns["out/sft"]}
+    found = {name: points for panel in seeds.panels(models).values() for name, points in panel.items()}
+    assert found[row] == [None, (50.0, 0.0, 100.0)]
+    assert found["gold score, T=1"] == [None, (0.5, 0.0, 1.0)]
+    seeds.figure(columns, tmp_path / "a.svg")
+    drawn = (tmp_path / "a.svg").read_text(encoding="utf-8")
+    assert drawn.count(">base<") == drawn.count(">sft<") == 4 and "constant" not in drawn
+    x = 50 + 286 / 2 * (1.5 - 0.135)  # the first of four rows of the second of two models
+    assert f'<path d="M{x:.1f} 206.0V26.0"' in drawn and f'cx="{x:.1f}" cy="116.0"' in drawn

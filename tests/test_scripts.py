@@ -81,8 +81,11 @@ def road(tmp_path_factory):
     said["table"] = run(
         "reward.py table --zero 0 --dtype fp32 --limit 3 --samples 2 --max-new-tokens 12",
         f"--models {out}/base,{out}/sft,{out}/ppo,{out}/dpo --data {data}/eval.jsonl",
-        f"--text {data}/heldout.jsonl --train {data}/sft.jsonl --prompts {data}/prompts.jsonl",
+        f"--text {data}/heldout.jsonl --prompts {data}/prompts.jsonl",
         f"--reward {out}/reward --reference {out}/sft --out {out}/table.json")
+    said["road"] = run(
+        f"tests/seeds.py road --table {out}/table.json --limit 3 --data {data}/eval.jsonl",
+        f"--train {data}/sft.jsonl --prompts {data}/prompts.jsonl", processes=1)
     return out, said
 
 
@@ -115,8 +118,8 @@ def test_collected_comparisons_carry_the_judges_scores(road):
     assert len(rows) == 60
     assert all(len(r["replies"]) == len(r["scores"]) == len(set(r["replies"])) for r in rows)
     assert all("family" in r and r["messages"][-1]["role"] == "user" for r in rows)
-    assert all(len(r["temperatures"]) == len(r["replies"]) for r in rows)
-    assert {t for r in rows for t in r["temperatures"]} <= {0.0, 1.0, 1.5}
+    assert all(len(r["sources"]) == len(r["replies"]) for r in rows)
+    assert {source for r in rows for source in r["sources"]} == {"sample", "hot", "misplaced"}
 
 
 def test_the_reward_model_starts_at_ln_2_and_learns(road):
@@ -152,18 +155,21 @@ def test_the_table_has_a_column_for_every_stage_and_two_without_learning(road):
     assert all(cell["low"] <= cell["mean"] <= cell["high"] for row, cell in sft.items()
                if row not in ("families", "examples", "distinct-2, T=1"))
     assert len(sft["examples"]) == 5 and len(sft["examples"]["偷东西选什么时间"]) == 2  # samples
-    assert "Datawhale是什么\n  base" in said["table"]  # the documents' own examples, in words
+    assert "Datawhale是什么\n  base" in said["road"]  # the documents' own examples, in words
     kl = "KL to SFT per reply, T=1"
     assert sft[kl]["mean"] == 0 != ppo[kl]["mean"] and kl not in base
     assert sft["gold score, T=1"]["n"] == sft["reward score, T=1"]["n"] == 3 * 17
     assert set(table["best constant"]) < set(base) < set(sft) == set(ppo)
-    assert "| gold score, T=1 | " in said["table"] and " ± " in said["table"]
+    row = "| gold score, T=1 | "
+    [models], [whole] = ([line for line in said[k].splitlines() if line.startswith(row)]
+                         for k in ("table", "road"))
+    assert " ± " in models and whole.endswith(models.removeprefix(row))  # two columns in front
 
 
 def test_the_tables_of_two_seeds_become_one_and_a_figure(road, tmp_path):
     out, _ = road
-    words = f"{out}/table.json,{out}/table.json --out {tmp_path}/table.json"
-    assert "| bits per byte | " in run(f"reward.py table --tables {words}", processes=1)
+    words = f"{out}/table.json {out}/table.json --out {tmp_path}/table.json"
+    assert "| bits per byte | " in run(f"tests/seeds.py merge {words}", processes=1)
     table = json.loads((tmp_path / "table.json").read_text(encoding="utf-8"))
     assert list(table)[2:] == ["base", "sft", "ppo", "dpo"]
     assert table["sft"]["bits per byte"]["n"] == 2

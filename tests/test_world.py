@@ -12,6 +12,7 @@ import pytest
 
 import data as world
 import reward
+import seeds
 
 
 @lru_cache(maxsize=None)
@@ -360,7 +361,7 @@ def test_answering_without_learning_stays_below_forty_percent():
     built = small()
     tests = [r | {"group": f"{r['family']} / {r['split']}"} for r in built["eval"]
              if r["kind"] in ("exact", "final") and r["split"] in ("combination", "wording")][::5]
-    for name, replies in reward.unlearned(built["sft"], tests).items():
+    for name, replies in seeds.unlearned(built["sft"], tests).items():
         rows = reward.judged(tests, replies, {})
         for split in ("combinations", "wordings"):
             assert rows[f"exact match, new {split}"]["mean"] < 0.4, (name, split)
