@@ -91,7 +91,7 @@ def pair_rows(record, pair, tokenizer, context) -> list[tuple[list[int], list[in
 
 def sequence_logprobs(model, pairs, tokenizer, device):
     """Chosen and rejected (P,) in one forward: log-probabilities of the replies, summed."""
-    rows = sum(pairs, [])  # chosen, rejected, chosen, rejected, …; collate makes no rows one
+    rows = sum(pairs, [])  # chosen, rejected, chosen, rejected, …; collate pads even none
     input_ids, targets = collate(rows, tokenizer.ids["<|pad|>"])  # (2P, T)
     logprobs = token_logprobs(model, input_ids.to(device), targets.to(device))
     return logprobs.sum(-1)[: len(rows)].view(-1, 2).T
@@ -99,8 +99,8 @@ def sequence_logprobs(model, pairs, tokenizer, device):
 
 def in_parts(pairs, known, cfg):
     """This process's micro-batches of pairs, each with what is known of its pairs."""
-    lengths = [max(len(ids) for ids, _ in pair) for pair in pairs]
-    for part in my_micro_batches(lengths, cfg.micro_tokens, [2] * len(pairs)):
+    lengths = [2 * max(len(ids) for ids, _ in pair) for pair in pairs]
+    for part in my_micro_batches(lengths, cfg.micro_tokens):
         yield [pairs[i] for i in part], [known[i] for i in part]
 
 
@@ -108,8 +108,7 @@ def in_parts(pairs, known, cfg):
 def reference_logprobs(pairs, tokenizer, cfg, device, dtype) -> list[tuple[float, float]]:
     """(chosen, rejected) of every pair under the frozen start, the second model until it returns."""
     frozen = load_model(cfg.reference or cfg.init).requires_grad_(False)
-    reference = Sharded(frozen, cfg.zero, dtype, device)
-    held = reference.live_bytes()["parameters"]
+    held = Sharded(frozen, cfg.zero, dtype, device).live_bytes()["parameters"]
     print0(f"two models: policy and reference of {frozen.config.num_parameters():,} parameters "
            f"each; the reference holds {held:,} bytes here until its log-probabilities are kept")
     mine = {}
@@ -123,17 +122,12 @@ def reference_logprobs(pairs, tokenizer, cfg, device, dtype) -> list[tuple[float
 def pair_losses(model, pairs, reference, tokenizer, cfg, device):
     """What is minimised, and the METRICS (5,): sums over the pairs (0 of an empty micro-batch)."""
     chosen, rejected = sequence_logprobs(model, pairs, tokenizer, device)
-    before = torch.tensor(reference, dtype=chosen.dtype, device=device).view(-1, 2)  # (P, 2)
+    before = torch.tensor(reference, dtype=chosen.dtype, device=device).view(-1, 2)
     losses, better, worse = dpo_loss(chosen, rejected, *before.T, cfg.beta)
     lengths = torch.tensor([sum(mask) for (_, mask), _ in pairs], device=device)
     likelihood = cfg.nll_coef * chosen / lengths  # what the paper has not
     metrics = torch.stack([losses.detach(), better > worse, better, worse, better - worse])
     return (losses - likelihood).sum(), metrics.sum(-1).cpu()
-
-
-def means(sums, count, device) -> dict:
-    """{metric: its mean over `count` pairs of all processes}."""
-    return {name: total / count for name, total in zip(METRICS, all_sum(*sums, device=device))}
 
 
 @torch.no_grad()
@@ -143,7 +137,8 @@ def evaluate(model, pairs, reference, tokenizer, cfg, device) -> dict:
     for members, known in in_parts(pairs, reference, cfg):
         _, metrics = pair_losses(model, members, known, tokenizer, cfg, device)
         sums += metrics
-    return means(sums, len(pairs), device)
+    means = [total / len(pairs) for total in all_sum(*sums, device=device)]
+    return dict(zip(METRICS, means))
 
 
 def main(cfg):
@@ -160,14 +155,13 @@ def main(cfg):
         raise SystemExit(f"{cfg.data}: no prompt to train on has two replies of different scores")
     steps = cfg.steps or max(1, round(cfg.epochs * trained / cfg.batch_size))
     run = Run(cfg, steps, inputs=[*cfg.data.split(","), f"{cfg.init}/model.safetensors"])
-    print0(f"{trained} pairs, {held} held out")
-
     # 2. models: what the reference says of every pair, then the policy
     reference = reference_logprobs(pairs, tokenizer, cfg, device, dtype)
     model = load_model(cfg.init)
     model.model.activation_checkpointing = cfg.checkpointing
     optimizer = AdamW(model, cfg.zero, dtype, device, weight_decay=cfg.weight_decay,
                       grad_clip=cfg.grad_clip, offload=cfg.offload)
+    print0(f"{trained} pairs, {held} held out")
 
     # 3. loop
     for step in range(run.resume(model=optimizer), steps):
@@ -180,18 +174,17 @@ def main(cfg):
             sums += metrics
         lr = lr_at(step, steps, cfg.lr, cfg.warmup, cfg.min_lr)
         norm = optimizer.step(lr)
-        found = means(sums, len(batch), device)
+        means = [total / len(batch) for total in all_sum(*sums, device=device)]
         if step == 0 and cfg.reference in ("", cfg.init):
-            print0(f"first loss {found['loss']:.4f}, expected {math.log(2):.4f} (ln 2)")
+            print0(f"first loss {means[0]:.4f}, expected {math.log(2):.4f} (ln 2)")
         tokens = sum(len(ids) for pair in batch for ids, _ in pair)
-        run.log(step, units=tokens, **found, grad_norm=norm, lr=lr)
+        run.log(step, units=tokens, **dict(zip(METRICS, means)), grad_norm=norm, lr=lr)
         run.boundary(step, model=optimizer)
 
-    # 4. judge on what was held out; on all if nothing was
+    # 4. judge on what was held out, or on all
     first = trained if held else 0
     with optimizer.gathered():
         result = evaluate(model, pairs[first:], reference[first:], tokenizer, cfg, device)
-
     # 5. save
     save_model(cfg.out, model, optimizer.full_parameters(), write=dist.get_rank() == 0)
     if dist.get_rank() == 0:

@@ -6,22 +6,13 @@
 
 Documents: D0 4.2.3 (2), D2 第5节, D3 第4节, D4 3.5.2; Schulman et al. 2017, InstructGPT (2022).
 Four models (D0): policy (actor) and value model (critic) are trained, reference and reward model
-frozen. Where the documents are loose:
-
-    1. only the policy samples; the reference scores the policy's tokens (D0 lets both reply)
-    2. a token's reward is -kl_coef · (log π - log π_ref), at the last one plus the reward model's
-       score; the critic is no part of it: it estimates returns and enters by the advantage
-    3. the data are prompts only, no comparisons (D2)
-
-What the paper leaves open, here:
-
-    1. the critic starts from the reward model
-    2. scores are normalized by that model's held-out mean and spread
-    3. a reply that does not end gets a fixed score
-    4. advantages are whitened, the value loss is clipped
-    5. sampling is from the distribution that is scored (T = 1)
-    6. left out: entropy bonus, adaptive KL, early stop
-
+frozen. Where the documents are loose: (1) only the policy samples, the reference scores its tokens;
+(2) a token's reward is -kl_coef · (log π - log π_ref), at the last one plus the reward model's
+score; (3) the critic is no part of it, it estimates returns and enters by the advantage; (4) RL
+data are prompts only. Included: (5) the critic starts from the reward model; (6) scores are
+normalized by that model's held-out mean and spread; (7) a fixed score for replies that do not end;
+(8) whitened advantages; (9) clipped value loss; (10) sampling from the distribution that is scored
+(T=1). Left out: (11) entropy bonus, (12) adaptive KL, (13) early stop.
 Expect: first ratio 1 and first KL 0; the score rises while KL stays below a nat a reply.
 """
 
@@ -129,10 +120,11 @@ class Rollout:
         return self.query + self.response, [0] * len(self.query) + [1] * len(self.response)
 
 
-def in_parts(rollouts, cfg) -> list[list[int]]:
-    """This process's micro-batches of rollouts, as their numbers."""
+def in_parts(rollouts, cfg):
+    """This process's micro-batches of rollouts: their numbers, and themselves."""
     lengths = [len(r.query + r.response) for r in rollouts]
-    return my_micro_batches(lengths, cfg.micro_tokens)
+    for part in my_micro_batches(lengths, cfg.micro_tokens):
+        yield part, [rollouts[i] for i in part]
 
 
 def respond(policy, queries, seeds, tokenizer, cfg) -> list[Rollout]:
@@ -141,13 +133,13 @@ def respond(policy, queries, seeds, tokenizer, cfg) -> list[Rollout]:
     ends = [end, tokenizer.ids["<|endoftext|>"]]
     mine = range(dist.get_rank(), len(queries), dist.get_world_size())
     asked = [queries[i] for i in mine]
+    keys = [seeds[i] for i in mine]
     with policy.gathered():  # one gather for the whole rollout: ranks end at different tokens
-        replies = generate(policy.model, asked, cfg.max_new_tokens, ends,
-                           seeds=[seeds[i] for i in mine])
+        replies = generate(policy.model, asked, cfg.max_new_tokens, ends, seeds=keys)
     everyone = everywhere(dict(zip(mine, replies)))
     rollouts = []
     for i, query in enumerate(queries):
-        rollouts.append(Rollout(query, everyone[i], ended=everyone[i][-1] == end))
+        rollouts.append(Rollout(query, everyone[i], everyone[i][-1] == end))
     return rollouts
 
 
@@ -163,17 +155,17 @@ def response_tokens(model, rollouts, tokenizer, device):
 
 @torch.no_grad()
 def score_replies(reward, rollouts, norm, tokenizer, cfg, device) -> list[float]:
-    """The reward model's scores, read at <|reward|> behind each reply and normalized by norm, its
-    (mean, spread); a reply that did not end gets a fixed score. Every rank gets all."""
+    """The reward model's scores, read at <|reward|> behind each reply and normalized by norm (mean,
+    spread); a reply that did not end gets a fixed score. Every rank gets all."""
+    mean, spread = norm
     tail = [tokenizer.ids["<|reward|>"]]
     mine = {}
-    for part in in_parts(rollouts, cfg):
-        rows = [rollouts[i].query + rollouts[i].response + tail for i in part] or [tail]
-        padded, lengths = pad_rows(rows, tokenizer.ids["<|pad|>"])
-        scores = reward.model.last(padded.to(device), lengths.to(device))
+    for part, members in in_parts(rollouts, cfg):
+        rows = [r.query + r.response + tail for r in members] or [tail]
+        input_ids, lengths = pad_rows(rows, tokenizer.ids["<|pad|>"])
+        scores = reward.model.last(input_ids.to(device), lengths.to(device))
         mine |= zip(part, scores.tolist())
     raw = everywhere(mine)
-    mean, spread = norm
     scores = []
     for i, r in enumerate(rollouts):
         scores.append((raw[i] - mean) / spread if r.ended else cfg.missing_end_score)
@@ -185,14 +177,13 @@ def experience(policy, value, reference, reward, rollouts, norm, tokenizer, cfg,
     """Fills in the rollouts. Every rank computes its micro-batches and receives the others': from
     here on all know the whole batch."""
     mine = {}
-    for part in in_parts(rollouts, cfg):
-        members = [rollouts[i] for i in part]
+    for part, members in in_parts(rollouts, cfg):
         sizes = [len(r.response) for r in members]
-        found = []
-        for sharded in (policy, value, reference):
-            said = response_tokens(sharded.model, members, tokenizer, device)
-            found.append(said.cpu().split(sizes))
-        mine |= zip(part, zip(*found))
+        said = []
+        for asked in (policy, value, reference):
+            tokens = response_tokens(asked.model, members, tokenizer, device)
+            said.append(tokens.cpu().split(sizes))
+        mine |= zip(part, zip(*said))
     everyone = everywhere(mine)
     scores = score_replies(reward, rollouts, norm, tokenizer, cfg, device)
     for i, r in enumerate(rollouts):
@@ -200,67 +191,67 @@ def experience(policy, value, reference, reward, rollouts, norm, tokenizer, cfg,
         r.score = scores[i]
         rewards = token_rewards(r.score, r.logprobs, r.ref_logprobs, cfg.kl_coef)
         r.advantages, r.returns = gae(rewards, r.values, cfg.gamma, cfg.lam)
-    whitened = whiten(torch.cat([r.advantages for r in rollouts]))
-    for r, advantages in zip(rollouts, whitened.split([len(r.response) for r in rollouts])):
-        r.advantages = advantages
+    whitened = whiten(flat(rollouts, "advantages"))
+    for r, part in zip(rollouts, whitened.split([len(r.response) for r in rollouts])):
+        r.advantages = part
+
+
+def flat(rollouts, field, device="cpu"):
+    """A field of the rollouts' response tokens, one reply after another: (n,)."""
+    return torch.cat([torch.zeros(0), *(getattr(r, field) for r in rollouts)]).to(device)
 
 
 # ================================================================================ update
 
-def flat(tensors, device=None):
-    """One tensor (n,) of the tokens of some replies, in their order."""
-    return torch.cat([torch.zeros(0), *tensors]).to(device)
+METRICS = ("policy_loss", "value_loss", "approx_kl", "clipfrac")
 
 
-def learn(policy, value, rollouts, count, tokenizer, cfg, device) -> dict:
-    """Adds a micro-batch's gradients, of means over the `count` response tokens of its minibatch.
-    Returns each metric's sum over its tokens, and how far from 1 a ratio is."""
-    # 1. what was said of its tokens after the rollout
-    old_logprobs = flat([r.logprobs for r in rollouts], device)
-    old_values = flat([r.values for r in rollouts], device)
-    advantages = flat([r.advantages for r in rollouts], device)
-    returns = flat([r.returns for r in rollouts], device)
-    # 2. what the policy says now
-    logprobs = response_tokens(policy.model, rollouts, tokenizer, device)
-    losses, ratio = policy_loss(logprobs, old_logprobs, advantages, cfg.cliprange)
+def learn(policy, value, rollouts, count, tokenizer, cfg, device) -> tuple[dict, float]:
+    """Adds the gradients of a micro-batch to those of its minibatch, a mean over `count` response
+    tokens. Returns the METRICS, summed over tokens, and how far from 1 a ratio is."""
+    # 1. the policy: what it said of the tokens when it replied, and what it says now
+    before = flat(rollouts, "logprobs", device)
+    advantages = flat(rollouts, "advantages", device)
+    now = response_tokens(policy.model, rollouts, tokenizer, device)
+    losses, ratio = policy_loss(now, before, advantages, cfg.cliprange)
     policy.backward(losses.sum() / count)
-    # 3. what the value model says now
+    # 2. the value model likewise
+    old_values = flat(rollouts, "values", device)
+    returns = flat(rollouts, "returns", device)
     values = response_tokens(value.model, rollouts, tokenizer, device)
     value_losses = value_loss(values, old_values, returns, cfg.cliprange_value)
     value.backward(value_losses.sum() / count)
-    # 4. metrics
+    # 3. metrics
     off = (ratio.detach() - 1).abs()
-    kl = ratio - 1 - (logprobs - old_logprobs)  # k3: the mean is KL(π_old, π), no term < 0
-    return {"policy_loss": float(losses.sum()), "value_loss": float(value_losses.sum()),
-            "approx_kl": float(kl.sum()), "clipfrac": float((off > cfg.cliprange).sum()),
-            "ratio_error": max(off.tolist(), default=0.0)}
+    k3 = ratio - 1 - (now - before)  # its mean is KL(π_old, π), and no term is negative
+    columns = (losses, value_losses, k3, off > cfg.cliprange)
+    sums = {name: float(column.sum()) for name, column in zip(METRICS, columns)}
+    return sums, max(off.tolist(), default=0.0)
 
 
 def update(policy, value, rollouts, step, tokenizer, cfg, device, rate) -> dict:
     """ppo_epochs × minibatches optimizer steps on a batch of rollouts. Returns means over response
     tokens, the last gradient norm, and how far from 1 a ratio was before the first step."""
-    sums = dict.fromkeys(("policy_loss", "value_loss", "approx_kl", "clipfrac"), 0.0)
-    ratio_error = 0.0
-    optimizer_steps = 0
+    sums = dict.fromkeys(METRICS, 0.0)
+    tokens = 0
+    farthest = []  # from 1 that a ratio was, of each micro-batch before the first optimizer step
     for epoch in range(cfg.ppo_epochs):
         order = np.random.default_rng([cfg.seed, step, epoch]).permutation(len(rollouts))
         for chosen in np.array_split(order, min(cfg.minibatches, len(order))):
             batch = [rollouts[i] for i in chosen]
             count = sum(len(r.response) for r in batch)
-            for part in in_parts(batch, cfg):
-                members = [batch[i] for i in part]
-                found = learn(policy, value, members, count, tokenizer, cfg, device)
-                for name in sums:
+            for _, members in in_parts(batch, cfg):
+                found, off = learn(policy, value, members, count, tokenizer, cfg, device)
+                for name in METRICS:
                     sums[name] += found[name]
-                if optimizer_steps == 0:
-                    ratio_error = max(ratio_error, found["ratio_error"])
+                if tokens == 0:
+                    farthest.append(off)
             norm = policy.step(cfg.lr * rate)
             value.step(cfg.value_lr * rate)
-            optimizer_steps += 1
-    tokens = cfg.ppo_epochs * sum(len(r.response) for r in rollouts)
+            tokens += count
     totals = all_sum(*sums.values(), device=device)
-    means = {name: total / tokens for name, total in zip(sums, totals)}
-    errors = everywhere({dist.get_rank(): ratio_error})
+    means = {name: total / tokens for name, total in zip(METRICS, totals)}
+    errors = everywhere({dist.get_rank(): max(farthest)})
     return means | {"grad_norm": norm, "ratio_error": max(errors.values())}
 
 
@@ -268,50 +259,33 @@ def summary(rollouts) -> dict:
     """Means over rollouts: score, entropy per token, KL to the reference per reply, length, replies
     that end; and the share of the returns' variance that the value model explains."""
     n = len(rollouts)
-    logprobs = flat([r.logprobs for r in rollouts])
-    kl = logprobs - flat([r.ref_logprobs for r in rollouts])
-    returns = flat([r.returns for r in rollouts])
-    errors = returns - flat([r.values for r in rollouts])
+    logprobs = flat(rollouts, "logprobs")
+    kl = logprobs - flat(rollouts, "ref_logprobs")
+    returns = flat(rollouts, "returns")
+    errors = returns - flat(rollouts, "values")
     unexplained = errors.var(correction=0) / returns.var(correction=0).clamp(min=1e-8)
-    return {"score": sum(r.score for r in rollouts) / n,
-            "entropy": -float(logprobs.mean()),
-            "kl": float(kl.sum()) / n,
-            "length": len(logprobs) / n,
-            "ended": sum(r.ended for r in rollouts) / n,
-            "explained_variance": 1 - float(unexplained)}
+    return {
+        "score": sum(r.score for r in rollouts) / n,
+        "entropy": -float(logprobs.mean()),
+        "kl": float(kl.sum()) / n,
+        "length": len(logprobs) / n,
+        "ended": sum(r.ended for r in rollouts) / n,
+        "explained_variance": 1 - float(unexplained),
+    }
 
 
 # ================================================================================ the script
 
-def open_prompts(cfg, tokenizer, limit) -> tuple[list[list[int]], list[dict]]:
-    """Queries as ids, and their records; those that leave no room for a reply are dropped."""
-    queries = []
-    kept = []
-    records = read_prompts(cfg.prompts)
-    for record in records:
-        ids, _ = render(record["messages"], tokenizer)
-        if len(ids) + cfg.max_new_tokens + 1 <= limit:
-            queries.append(ids)
-            kept.append(record)
-    room = f"the context of {limit} with --max-new-tokens {cfg.max_new_tokens}"
-    if len(kept) < len(records):
-        print0(f"{cfg.prompts}: {len(records) - len(kept)} of {len(records)} do not fit {room}")
-    if not kept:
-        raise SystemExit(f"{cfg.prompts}: no prompt fits {room}")
-    return queries, kept
-
-
-def open_models(cfg, dtype, device) -> dict:
-    """The four models, each printed with what it holds here."""
+def open_models(cfg, device, dtype) -> dict:
+    """The four models by name; each is printed with what it holds here."""
+    place = (cfg.zero, dtype, device)
     options = {"weight_decay": cfg.weight_decay, "grad_clip": cfg.grad_clip,
                "offload": cfg.offload}
-    place = (cfg.zero, dtype, device)
-    frozen = load_model(cfg.init).requires_grad_(False)
-    judge = load_model(cfg.reward, ScalarModel).requires_grad_(False)
-    models = {"policy": AdamW(load_model(cfg.init), *place, **options),
-              "value": AdamW(load_model(cfg.reward, ScalarModel), *place, **options),
-              "reference": Sharded(frozen, *place),
-              "reward": Sharded(judge, *place)}
+    models = {
+        "policy": AdamW(load_model(cfg.init), *place, **options),
+        "value": AdamW(load_model(cfg.reward, ScalarModel), *place, **options),
+        "reference": Sharded(load_model(cfg.init).requires_grad_(False), *place),
+        "reward": Sharded(load_model(cfg.reward, ScalarModel).requires_grad_(False), *place)}
     for name, sharded in models.items():
         sharded.model.model.activation_checkpointing = cfg.checkpointing
         size = sharded.model.config.num_parameters()
@@ -321,17 +295,31 @@ def open_models(cfg, dtype, device) -> dict:
     return models
 
 
+def open_prompts(cfg, tokenizer, limit) -> list[dict]:
+    """Records with their queries' "ids"; those that leave no room for a reply are dropped."""
+    records = read_prompts(cfg.prompts)
+    for record in records:
+        record["ids"], _ = render(record["messages"], tokenizer)
+    kept = [r for r in records if len(r["ids"]) + cfg.max_new_tokens + 1 <= limit]
+    room = f"the context of {limit} with --max-new-tokens {cfg.max_new_tokens}"
+    if len(kept) < len(records):
+        print0(f"{cfg.prompts}: {len(records) - len(kept)} of {len(records)} do not fit {room}")
+    if not kept:
+        raise SystemExit(f"{cfg.prompts}: no prompt fits {room}")
+    return kept
+
+
 def score_norm(folder) -> tuple[float, float]:
-    """Mean and spread of the reward model's held-out scores: what its zero and its unit are."""
+    """Mean and spread of the reward model's held-out scores; 0 and 1 where they are not known."""
     path = Path(folder) / "eval.json"
     seen = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     return seen.get("score_mean", 0.0), max(seen.get("score_std", 1.0), 1e-3)
 
 
-def judged(model, queries, records, reward, norm, tokenizer, cfg, device) -> dict:
+def judged(model, records, reward, norm, tokenizer, cfg, device) -> dict:
     """Score of fresh replies to held-out prompts, and the gold judge's where it can judge."""
-    seeds = [keyed_seed(cfg.seed, "evaluate", i) for i in range(len(queries))]
-    rollouts = respond(model, queries, seeds, tokenizer, cfg)
+    seeds = [keyed_seed(cfg.seed, "evaluate", i) for i in range(len(records))]
+    rollouts = respond(model, [r["ids"] for r in records], seeds, tokenizer, cfg)
     scores = score_replies(reward, rollouts, norm, tokenizer, cfg, device)
     gold = []
     for i, record in enumerate(records):
@@ -339,8 +327,8 @@ def judged(model, queries, records, reward, norm, tokenizer, cfg, device) -> dic
         if "answer" in record:
             gold.append(gold_score(record, reply))
         if i < 3:
-            question = record["messages"][-1]["content"]
-            print0(f"  {question[:60]!r} → {reply[:80]!r}  {scores[i]:+.2f}")
+            asked = record["messages"][-1]["content"]
+            print0(f"  {asked[:60]!r} → {reply[:80]!r}  {scores[i]:+.2f}")
     result = {"score": sum(scores) / len(scores)}
     if gold:
         result["gold"] = sum(gold) / len(gold)
@@ -348,29 +336,29 @@ def judged(model, queries, records, reward, norm, tokenizer, cfg, device) -> dic
 
 
 def main(cfg):
-    # 1. models: four of them
+    # 1. models
     device, dtype = setup(cfg)
     tokenizer = Tokenizer.load(cfg.init)
     if Tokenizer.load(cfg.reward).hash != tokenizer.hash:
         raise SystemExit(f"{cfg.reward}: another tokenizer than {cfg.init}'s; train it from there")
-    weights = [f"{cfg.init}/model.safetensors", f"{cfg.reward}/model.safetensors"]
+    weights = [f"{folder}/model.safetensors" for folder in (cfg.init, cfg.reward)]
     run = Run(cfg, cfg.steps, inputs=[*cfg.prompts.split(","), *weights])
-    models = open_models(cfg, dtype, device)
+    models = open_models(cfg, device, dtype)
     policy, value = models["policy"], models["value"]
     # 2. data: prompts, the last of them held out
     limit = min(m.model.config.max_position_embeddings for m in models.values())
-    queries, records = open_prompts(cfg, tokenizer, limit)
-    held = min(256, int(len(queries) * cfg.val_fraction), len(queries) - 1)
-    trained = len(queries) - held
+    records = open_prompts(cfg, tokenizer, limit)
+    held = min(256, int(len(records) * cfg.val_fraction), len(records) - 1)
+    trained = len(records) - held
     norm = score_norm(cfg.reward)
     print0(f"{trained} prompts, {held} held out; score (raw - {norm[0]:.3g}) / {norm[1]:.3g}")
 
-    # 3. loop
+    # 3. loop: the policy replies, four models look at the replies, policy and value model learn
     for step in range(run.resume(policy=policy, value=value), cfg.steps):
         chosen = epoch_rows(cfg.seed, step, cfg.batch_size, trained)
         seeds = [keyed_seed(cfg.seed, "rollout", step, row) for row in range(len(chosen))]
-        # the policy replies, four models look at the replies, policy and value model learn
-        rollouts = respond(policy, [queries[i] for i in chosen], seeds, tokenizer, cfg)
+        queries = [records[i]["ids"] for i in chosen]
+        rollouts = respond(policy, queries, seeds, tokenizer, cfg)
         experience(**models, rollouts=rollouts, norm=norm, tokenizer=tokenizer, cfg=cfg,
                    device=device)
         rate = lr_at(step, cfg.steps, 1.0, cfg.warmup, cfg.min_lr)
@@ -385,14 +373,13 @@ def main(cfg):
         run.log(step, units=tokens, **metrics, **losses, lr=cfg.lr * rate)
         run.boundary(step, policy=policy, value=value)
 
-    # 4. judge: replies to the held-out prompts before and after
+    # 4. judge: replies to the held-out prompts
     result = {}
     for name, model in (("before", models["reference"]), ("after", policy)):
         if held:
             print0(f"replies {name}, with their scores:")
-            found = judged(model, queries[trained:], records[trained:], models["reward"], norm, tokenizer, cfg, device)
+            found = judged(model, records[trained:], models["reward"], norm, tokenizer, cfg, device)
             result |= {f"{key} {name}": number for key, number in found.items()}
-
     # 5. save
     save_model(cfg.out, policy.model, policy.full_parameters(), write=dist.get_rank() == 0)
     if dist.get_rank() == 0:

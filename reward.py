@@ -26,22 +26,25 @@ import torch.nn.functional as F
 
 from data import MORAL, Tokenizer, collate, epoch_rows, fit, gold_score, judge, my_micro_batches
 from data import pad_rows, read_comparisons, read_json, read_prompts, read_texts, render
-from data import write_jsonl
+from data import write_jsonl, write_text
 from model import ScalarModel, generate, load_model, save_model, token_logprobs
 from zero import AdamW, BaseConfig, Run, RunConfig, Sharded, all_sum, everywhere, keyed_seed, launch
-from zero import lr_at, print0, setup, write_json
+from zero import lr_at, print0, setup
 
 GREEDY = -1  # the number of a greedy reply; samples are counted from 0
 
 
-def sampled(model, prompts, tasks, temperature, ends, cfg, purpose) -> dict:
-    """Replies {(prompt, number): token ids} to tasks, a list of such keys. Every process makes a
-    share and gets all; a reply has a seed of its own, the same on any number of processes."""
-    mine = tasks[dist.get_rank() :: dist.get_world_size()]
+def sampled(sharded, prompts, keys, temperature, ends, cfg, purpose) -> dict:
+    """Replies {(prompt, number): token ids} for a list of such keys. Every process makes a share
+    and gets all; a reply has a seed of its own, the same on any number of processes."""
+    mine = keys[dist.get_rank() :: dist.get_world_size()]
     asked = [prompts[i] for i, _ in mine]
     seeds = [keyed_seed(cfg.seed, purpose, i, n) for i, n in mine]
-    replies = generate(model, asked, cfg.max_new_tokens, ends, temperature, seeds=seeds, rows=256)
-    return dict(sorted(everywhere(dict(zip(mine, replies))).items()))
+    with sharded.gathered():  # one gather for all: processes end at different tokens
+        replies = generate(sharded.model, asked, cfg.max_new_tokens, ends, temperature,
+                           seeds=seeds, rows=256)
+    everyone = everywhere(dict(zip(mine, replies)))
+    return {key: everyone[key] for key in keys}
 
 
 # ================================================================================ collecting
@@ -73,11 +76,10 @@ def collect(cfg):
     ends = [tokenizer.ids["<|end|>"], tokenizer.ids["<|endoftext|>"]]
     sharded = Sharded(load_model(cfg.init), cfg.zero, dtype, device)
     replies = {}
-    with sharded.gathered():
-        for heat in sorted(set(heats)):
-            numbers = [n for n, other in enumerate(heats) if other == heat]
-            tasks = [(i, n) for n in numbers for i in range(len(records))]
-            replies |= sampled(sharded.model, prompts, tasks, heat, ends, cfg, "collect")
+    for heat in sorted(set(heats)):
+        numbers = [n for n, other in enumerate(heats) if other == heat]
+        keys = [(i, n) for n in numbers for i in range(len(records))]
+        replies |= sampled(sharded, prompts, keys, heat, ends, cfg, "collect")
     if dist.get_rank() > 0:
         return
     # 3. scores of the different replies to each prompt
@@ -171,7 +173,7 @@ def all_scores(model, groups, micro_tokens, tokenizer, device) -> list:
     mine = {}
     for part in in_parts(groups, micro_tokens):
         scores = score_groups(model, [groups[i] for i in part], tokenizer, device)
-        mine |= zip(part, [s.cpu() for s in scores])
+        mine |= zip(part, [found.cpu() for found in scores])
     everyone = everywhere(mine)
     return [everyone[i] for i in range(len(groups))]
 
@@ -196,24 +198,24 @@ def evaluate(model, items, tokenizer, cfg, device) -> dict:
     """Held-out loss; pair accuracy, of all pairs and by kind, each beside what length alone would
     reach; the scores' mean and spread, by which PPO normalizes."""
     groups = [rows for rows, _, _ in items]
-    losses, means, squares = [], [], []
-    pairs = defaultdict(list)  # kind: (is the better reply's score higher, is the reply longer)
-    found = all_scores(model, groups, cfg.micro_tokens, tokenizer, device)
-    for (rows, labels, record), scores in zip(items, found):
-        losses.append(bradley_terry_loss(scores, labels))
-        means.append(scores.mean())
-        squares.append(scores.square().mean())
+    scores = all_scores(model, groups, cfg.micro_tokens, tokenizer, device)
+    prompts = []  # of each the loss, the mean score and the mean square
+    pairs = defaultdict(list)  # kind: (is the better reply's score higher?, is the reply longer?)
+    for (rows, labels, record), found in zip(items, scores):
+        numbers = (bradley_terry_loss(found, labels), found.mean(), found.square().mean())
+        prompts.append([float(number) for number in numbers])
         for i, j in (labels[:, None] > labels).nonzero().tolist():
             longer = 0.5 + 0.5 * np.sign(len(rows[i]) - len(rows[j]))  # as long: half right
             for kind in ("", pair_kind(record, i, j)):
-                pairs[kind].append((float(scores[i] > scores[j]), longer))
-    loss, mean, square = np.mean([losses, means, squares], axis=1).tolist()
+                pairs[kind].append((float(found[i] > found[j]), longer))
+    loss, mean, square = np.mean(prompts, axis=0).tolist()
     result = {"loss": loss, "pairs": len(pairs[""])}
     for kind in sorted(pairs):
         right, longer = np.mean(pairs[kind], axis=0).tolist()
         result[f"accuracy {kind}".strip()] = right
         result[f"length_only {kind}".strip()] = max(longer, 1 - longer)
-    return result | {"score_mean": mean, "score_std": math.sqrt(max(1e-6, square - mean**2))}
+    spread = math.sqrt(max(1e-6, square - mean**2))
+    return result | {"score_mean": mean, "score_std": spread}
 
 
 def main(cfg):
@@ -225,15 +227,14 @@ def main(cfg):
         if len(set(record["scores"])) > 1:
             rows = comparison_rows(record, tokenizer, cfg.context)
             items.append((rows, torch.tensor(record["scores"]), record))
-    held = int(len(items) * cfg.val_fraction)
-    items, val = items[: len(items) - held], items[len(items) - held :]
+    trained = len(items) - int(len(items) * cfg.val_fraction)
+    items, val = items[:trained], items[trained:]
     if not items:
         raise SystemExit(f"{cfg.data}: no prompt has two replies of different scores")
     steps = cfg.steps or max(1, round(cfg.epochs * len(items) / cfg.batch_size))
     run = Run(cfg, steps, inputs=[*cfg.data.split(","), f"{cfg.init}/model.safetensors"])
-    print0(f"{len(items)} prompts with a preference, {held} more held out; up to "
-           f"{max(len(rows) for rows, _, _ in items)} replies per prompt")
-    # 2. model: SFT's with a head of zeros
+    print0(f"{len(items)} prompts with a preference, {len(val)} more held out")
+    # 2. model: SFT's, with a head of zeros
     model = load_model(cfg.init, ScalarModel)
     model.model.activation_checkpointing = cfg.checkpointing
     optimizer = AdamW(model, cfg.zero, dtype, device, weight_decay=cfg.weight_decay,
@@ -243,13 +244,13 @@ def main(cfg):
     for step in range(run.resume(model=optimizer), steps):
         batch = [items[i] for i in epoch_rows(cfg.seed, step, cfg.batch_size, len(items))]
         groups = [rows for rows, _, _ in batch]
+        labels = [labels for _, labels, _ in batch]
         loss = 0.0
         for part in in_parts(groups, cfg.micro_tokens):
             scores = score_groups(model, [groups[i] for i in part], tokenizer, device)
             partial = scores[0].sum() * 0.0  # an empty micro-batch has a gradient too
             for i, found in zip(part, scores):
-                _, labels, _ = batch[i]
-                partial = partial + bradley_terry_loss(found, labels.to(device))
+                partial = partial + bradley_terry_loss(found, labels[i].to(device))
             partial = partial / len(batch)
             optimizer.backward(partial)
             loss += float(partial.detach())
@@ -316,14 +317,13 @@ def table(cfg):
     records, mix = held_out(cfg.data, cfg.prompts, cfg.limit)
     columns = {}
     for folder in cfg.models.split(","):
-        if is_model(folder):
+        if Path(folder, "model.safetensors").exists():
             columns[folder] = judge_model(folder, records, mix, cfg, device, dtype)
     if not columns:
         raise SystemExit(f"{cfg.models}: none of these folders holds a model.safetensors")
     print0(markdown(columns))
     if dist.get_rank() == 0:
-        Path(cfg.out).parent.mkdir(parents=True, exist_ok=True)
-        write_json(cfg.out, columns)
+        write_text(cfg.out, json.dumps(columns, indent=2, ensure_ascii=False))
     return columns
 
 
@@ -342,13 +342,9 @@ def held_out(data, prompts, limit=0) -> tuple[list[dict], Counter]:
     return records, Counter(f"{r.get('family', '')} / combination" for r in asked)
 
 
-def is_model(folder) -> bool:
-    return (Path(folder) / "model.safetensors").exists()
-
-
 def read_result(folder, name) -> dict:
     """A JSON file that a run left in its folder; {} where there is none."""
-    path = Path(folder) / name
+    path = Path(folder, name)
     return json.loads(path.read_text("utf-8")) if path.exists() else {}
 
 
@@ -378,9 +374,9 @@ def shown(row, cell) -> str:
 
 def judge_model(folder, records, mix, cfg, device, dtype) -> dict:
     """A column: greedy replies for right and wrong; samples at temperature 1 for refusals and, in
-    PPO's mix of prompts, for the rows of NUMBERS. A base model is asked in ### Instruction: text,
-    the others in chat, so it has no KL to SFT."""
-    # 1. its replies
+    PPO's mix of prompts, for the rows of NUMBERS. A base model has no KL to SFT: it is asked in
+    ### Instruction: text, the others in chat."""
+    # 1. replies: {(prompt, number): token ids}
     tokenizer = Tokenizer.load(folder)
     base = read_result(folder, "run.json").get("script") == "pretrain.py"
     stop = tokenizer.ids["<|endoftext|>"]  # after it another text would begin
@@ -388,43 +384,43 @@ def judge_model(folder, records, mix, cfg, device, dtype) -> dict:
     prompts = [prompt_ids(record, tokenizer, base) for record in records]
     greedy, samples = reply_keys(records, mix, cfg.samples)
     sharded = Sharded(load_model(folder), cfg.zero, dtype, device)
-    with sharded.gathered():
-        replies = sampled(sharded.model, prompts, greedy, 0.0, [end, stop], cfg, "table")
-        replies |= sampled(sharded.model, prompts, samples, 1.0, [end, stop], cfg, "table")
-        bits = bits_per_byte(sharded.model, tokenizer, cfg, device)
-    texts = {key: tokenizer.decode(ids) for key, ids in replies.items()}
+    replies = sampled(sharded, prompts, greedy, 0.0, [end, stop], cfg, "table")
+    replies |= sampled(sharded, prompts, samples, 1.0, [end, stop], cfg, "table")
     ended = {key: ids[-1] == end for key, ids in replies.items()}
-    # 2. what the gold judge says of them
+    texts = {key: tokenizer.decode(ids) for key, ids in replies.items()}
+    # 2. rows by the gold judge
     column = judged(records, texts, mix)
     column["examples"] = examples(records, texts)
-    # 3. what three models say of the samples in PPO's mix: {row: {key: value}}
+    # 3. rows by three models, of the samples in PPO's mix
     mixed = [(i, n) for i, n in samples if records[i]["group"] in mix]
     rows = [(prompts[i], replies[i, n]) for i, n in mixed]
     logprobs = reply_logprobs(sharded.model, rows, device)
     values = {}
-    if mixed and is_model(cfg.reward):
-        scores = reward_scores(cfg, [records[i] | {"replies": [texts[i, n]]} for i, n in mixed], device, dtype)
+    if mixed and Path(cfg.reward, "model.safetensors").exists():
+        said = [records[i] | {"replies": [texts[i, n]]} for i, n in mixed]
+        scores = reward_scores(cfg, said, device, dtype)
+        # PPO gives a reply that was cut off this score too
         values["reward score, T=1"] = [s if ended[key] else -1.0 for key, s in zip(mixed, scores)]
-    if not base and is_model(cfg.reference) and Tokenizer.load(cfg.reference).hash == tokenizer.hash:
-        sft = Sharded(load_model(cfg.reference).requires_grad_(False), cfg.zero, dtype, device)
-        before = reply_logprobs(sft.model, rows, device)
+    there = not base and Path(cfg.reference, "model.safetensors").exists()
+    if there and Tokenizer.load(cfg.reference).hash == tokenizer.hash:
+        frozen = load_model(cfg.reference).requires_grad_(False)
+        reference = Sharded(frozen, cfg.zero, dtype, device)
+        before = reply_logprobs(reference.model, rows, device)
         values["KL to SFT per reply, T=1"] = [a - b for a, b in zip(logprobs, before)]
     values["entropy per token, T=1"] = [(-a, len(ids)) for a, (_, ids) in zip(logprobs, rows)]
     for row, found in values.items():
         column[row] = estimate(by_prompt(records, dict(zip(mixed, found))), mix)
-    # 4. the rest
-    bigrams = [pair for _, ids in rows for pair in zip(ids, ids[1:])]
-    if bigrams:  # no mean over prompts, so no interval; it falls with the amount of text
-        column["distinct-2, T=1"] = {"mean": len(set(bigrams)) / len(bigrams), "n": len(rows)}
-    asked = {(i, n): end for (i, n), end in ended.items() if records[i]["kind"] != "cloze"}
-    everyone = sum(by_prompt(records, asked).values(), [])
-    column["replies that end"] = estimate({"": everyone}, rate=True)
-    column["bits per byte"] = bits
+    column["distinct-2, T=1"] = distinct(rows)
+    # 4. rows of all replies, and of held-out text
+    asked = {(i, n): ended[i, n] for i, n in ended if records[i]["kind"] != "cloze"}
+    groups = by_prompt(records, asked)
+    column["replies that end"] = estimate({"": sum(groups.values(), [])}, rate=True)
+    column["bits per byte"] = bits_per_byte(sharded.model, tokenizer, cfg, device)
     return {row: cell for row, cell in column.items() if cell}
 
 
 def prompt_ids(record, tokenizer, base) -> list[int]:
-    """What a model is asked: a base model ### Instruction: text, others in chat; a cloze as it is."""
+    """What a model is asked; a cloze is a text's beginning, for base models and others alike."""
     if record["kind"] == "cloze":
         return tokenizer.encode(record["text"])
     return render(record["messages"], tokenizer, "alpaca" if base else "chat")[0]
@@ -433,11 +429,15 @@ def prompt_ids(record, tokenizer, base) -> list[int]:
 def reply_keys(records, mix, count) -> tuple[list, list]:
     """(prompt, GREEDY) where right and wrong are judged; (prompt, number) of the samples: `count`
     where refusals are, one in PPO's mix."""
-    greedy = [(i, GREEDY) for i, r in enumerate(records) if r["kind"] not in MORAL]
+    greedy = []
     samples = []
     for i, record in enumerate(records):
-        times = count if record["kind"] in MORAL else int(record["group"] in mix)
-        samples += [(i, n) for n in range(times)]
+        if record["kind"] in MORAL:
+            samples += [(i, n) for n in range(count)]
+            continue
+        greedy.append((i, GREEDY))
+        if record["group"] in mix:
+            samples.append((i, 0))
     return greedy, samples
 
 
@@ -450,10 +450,18 @@ def examples(records, texts) -> dict:
     return found
 
 
+def distinct(rows) -> dict:
+    """A cell: different pairs of neighbouring tokens in the replies, as a share of all. It is no
+    mean over prompts, so it has no interval, and it falls with the amount of text."""
+    pairs = [pair for _, ids in rows for pair in zip(ids, ids[1:])]
+    return {"mean": len(set(pairs)) / len(pairs), "n": len(rows)} if pairs else {}
+
+
 def judged(records, replies, mix) -> dict:
     """The rows that the gold judge decides, from texts {(prompt, number): reply}: right and wrong
     from greedy ones, refusals and the gold score from samples."""
-    hits, gold = {}, {}
+    hits = {}
+    gold = {}
     for (i, n), reply in replies.items():
         record = records[i]
         verdict = judge(record, reply)
@@ -494,8 +502,8 @@ def estimate(groups, weights=None, rate=False) -> dict:
     if not pairs:
         return {}
     # The mean: families are strata, each with its mean and its weight.
-    weight = {family: weights[family] if weights else 1 for family in pairs}
-    above, below = sum(weight[family] * rows.mean(0) for family, rows in pairs.items())
+    weights = weights or dict.fromkeys(pairs, 1)
+    above, below = sum(weights[family] * rows.mean(0) for family, rows in pairs.items())
     mean = above / below
     # Its variance: that of each family's mean, s² / n, times its weight's square.
     variance = 0.0
@@ -504,14 +512,16 @@ def estimate(groups, weights=None, rate=False) -> dict:
         if rate:  # a 0 and a 1 more than were seen: 80 right of 80 are not 100 ± 0 %
             off = np.append(off, [-mean, 1 - mean])
         spread = off.var(ddof=1) if len(off) > 1 else 0.0
-        variance += (weight[family] / below) ** 2 * spread / len(rows)
+        variance += (weights[family] / below) ** 2 * spread / len(rows)
     # The interval: 95 % of a normal distribution lie within 1.96 standard deviations.
     half = 1.96 * variance**0.5
-    low, high = mean - half, mean + half
-    if rate:
-        low, high = max(0.0, low), min(1.0, high)
-    return {"mean": float(mean), "low": float(low), "high": float(high),
-            "n": sum(map(len, pairs.values()))}
+    least, most = (0.0, 1.0) if rate else (-math.inf, math.inf)
+    return {
+        "mean": float(mean),
+        "low": float(max(least, mean - half)),
+        "high": float(min(most, mean + half)),
+        "n": sum(map(len, pairs.values())),
+    }
 
 
 def by_prompt(records, values) -> dict:
@@ -546,7 +556,8 @@ def reward_scores(cfg, records, device, dtype) -> list[float]:
     """The reward model's score of each record's one reply, normalized as PPO does it."""
     tokenizer = Tokenizer.load(cfg.reward)
     seen = read_result(cfg.reward, "eval.json")
-    mean, std = seen.get("score_mean", 0.0), max(seen.get("score_std", 1.0), 1e-3)
+    mean = seen.get("score_mean", 0.0)
+    std = max(seen.get("score_std", 1.0), 1e-3)
     model = load_model(cfg.reward, ScalarModel).requires_grad_(False)
     context = model.config.max_position_embeddings
     groups = [comparison_rows(record, tokenizer, context) for record in records]
@@ -571,5 +582,5 @@ def bits_per_byte(model, tokenizer, cfg, device) -> dict:
 if __name__ == "__main__":
     commands = {"collect": (collect, CollectConfig), "train": (main, Config),
                 "table": (table, TableConfig)}
-    named = sys.argv[1:2] and sys.argv[1] in commands
+    named = sys.argv[1:] and sys.argv[1] in commands
     launch(*commands[sys.argv.pop(1) if named else "train"])
