@@ -60,384 +60,33 @@ import torch.distributed.nn.functional  # a group there is becomes a default arg
 import torch.nn as nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-# ==== launch
+# ==== the arithmetic
 
 
-@dataclass
-class BaseConfig:
-    """What every command that runs a model can be told."""
-
-    out: str = "out/run"  # what is written
-    seed: int = 0  # of weights, batches and samples
-    zero: Literal[0, 1, 2, 3] = 0  # ZeRO stage
-    device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: a GPU where there is one
-    dtype: Literal["auto", "bf16", "fp16", "fp32", "fp64"] = "auto"  # bf16 where that is fast
-    threads: int = 0  # CPU threads per process; 0: the cores divided by the processes
-    deterministic: bool = False  # CUDA: only kernels that give the same bits twice
-    timeout: float = 600.0  # seconds that a rank waits for the others before it ends
-
-
-@dataclass
-class RunConfig(BaseConfig):
-    """What every training script can be told besides; each adds its own and other defaults."""
-
-    fresh: bool = False  # start over instead of resuming what stands in --out
-    steps: int = 1000  # optimizer steps
-    batch_size: int = 32  # rows per optimizer step over all processes, whatever their number
-    micro_tokens: int = 2048  # padded tokens of a forward pass of a process; less takes less memory
-    lr: float = 1e-3  # peak learning rate, after warmup
-    warmup: float = 0.05  # share of the steps in which the learning rate rises
-    min_lr: float = 0.1  # end of the cosine, as a share of the peak
-    weight_decay: float = 0.1  # AdamW's, on weights of two and more dimensions
-    grad_clip: float = 1.0  # largest norm of the gradient
-    offload: bool = False  # fp32 weights and Adam's moments in CPU memory (ZeRO-Offload)
-    checkpointing: bool = False  # recompute activations in backward (D4 2.4.2)
-    save_every: int = 500  # steps between two saved training states; 0: save only when stopped
-    log_every: float = 10.0  # seconds between two printed lines where the output is no terminal
+def plan(parameters, world, sixteen_bit=True, micro_batches=1, offload=False) -> list[dict]:
+    """Bytes per rank at rest, and sent per rank and step: the table of the module's docstring, in
+    rows. Offload moves the fp32 master weights and Adam's moments, 12 bytes, to the host."""
+    weight, state = (2, 12) if sixteen_bit else (4, 8)
+    weights, rows = weight * parameters, []
+    for stage, times in enumerate((2, 2, micro_batches + 1, 3 * micro_batches)):
+        split = [world if stage >= first else 1 for first in (3, 2, 1)]
+        row = {"parameters": weights / split[0], "gradients": weights / split[1],
+               "optimizer": 0 if offload else state * parameters / split[2]}
+        rows.append({"stage": stage} | row | {
+            "total": sum(row.values()), "host": 12 * parameters / split[2] if offload else 0,
+            "sent": times * weights * (world - 1) / world})
+    return rows
 
 
-# These may change between a run and its resumption: speed and memory, not what is trained.
-FREE = {"out", "fresh", "micro_tokens", "zero", "device", "dtype", "threads", "checkpointing",
-        "save_every", "log_every", "timeout", "offload", "compile"}
-DTYPES = {"fp64": torch.float64, "fp32": torch.float32, "bf16": torch.bfloat16,
-          "fp16": torch.float16}
-
-
-def parse_config(Config, argv=None):
-    """Config from the command line: a kebab-case flag per field, its comment as the help text; a
-    Literal lists what the flag may be."""
-    parser = argparse.ArgumentParser(description=sys.modules[Config.__module__].__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter,
-                                     allow_abbrev=False)
-    # the most derived class comes first, and the first comment found counts
-    source = "".join(inspect.getsource(c) for c in Config.__mro__ if c is not object)
-    for field in fields(Config):
-        comment = re.search(rf"^    {field.name}: .*?  # (.*)$", source, re.MULTILINE)
-        text = f"{comment[1] if comment else ''} (default: {field.default!r})".replace("%", "%%")
-        kind = {"type": type(field.default), "choices": get_args(field.type) or None}
-        if isinstance(field.default, bool):
-            kind = {"action": argparse.BooleanOptionalAction}
-        flag = "--" + field.name.replace("_", "-")
-        parser.add_argument(flag, default=field.default, help=text, **kind)
-    return Config(**vars(parser.parse_args(argv)))
-
-
-def launch(main, Config, argv=None):
-    """Runs main(config), under `python x.py` and `torchrun x.py` alike; if a rank fails, all end
-    with its message."""
-    try:
-        main(parse_config(Config, argv))
-    except (Exception, SystemExit) as error:
-        asked = isinstance(getattr(error, "code", None), int)  # to stop
-        if asked or not dist.is_initialized() or dist.get_world_size() == 1:
-            raise
-        raise SystemExit(first_failure(error)) from None
-    if dist.is_initialized():
-        dist.destroy_process_group()
-
-
-def first_failure(error, patience=3.0) -> str:
-    """What the first rank that failed said, and which ranks say nothing: the others only see that
-    a collective broke. They tell each other through torchrun's store, which outlives them."""
-    rank, world = dist.get_rank(), dist.get_world_size()
-    kind = "" if isinstance(error, SystemExit) else f"{type(error).__name__}: "
-    first = mine = f"rank {rank}: {kind}{error}"
-    silent = []
-    try:
-        store = meeting_place("failures", patience, serve=False)
-        first = store.compare_set("first", "", mine).decode()
-        store.set(str(rank), "here")
-        if kind and first == mine:
-            traceback.print_exception(error)
-        dist.destroy_process_group()  # wakes who waits for this rank
-        end = time.time() + patience
-        while time.time() < end and (
-                silent := [r for r in range(world) if not store.check([str(r)])]):
-            time.sleep(0.05)
-    except dist.DistError:
-        first += "; the machine that keeps the ranks' messages is gone"
-    lost = ", ".join(map(str, silent))
-    return f"no sign of rank {lost}: killed, frozen or cut off ({first})" if silent else first
-
-
-def meeting_place(name, seconds, serve=True):
-    """The store that torchrun serves (without it: rank 0), by which the ranks find each other. Each
-    restart has a part of its own: in the last one's stand the addresses of the dead."""
-    env = os.environ
-    serve = serve and env["RANK"] == "0" and env.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
-    store = dist.TCPStore(env["MASTER_ADDR"], int(env["MASTER_PORT"]), is_master=serve,
-                          timeout=datetime.timedelta(seconds=seconds), wait_for_workers=False,
-                          use_libuv=sys.platform != "win32")
-    return dist.PrefixStore(f"{name} {env.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
-
-
-def setup(cfg) -> tuple[torch.device, torch.dtype]:
-    """Process group, device, threads and seed, for one process as for many: nobody asks which."""
-    local = int(os.environ.get("LOCAL_RANK", 0))
-    ranks = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    cuda = torch.cuda.is_available() and cfg.device != "cpu"
-    if cfg.device == "cuda" and not cuda:
-        raise SystemExit("--device cuda: this torch sees no GPU; use cpu, or install a CUDA build")
-    device = torch.device("cuda", local) if cuda else torch.device("cpu")
-    if cuda:
-        torch.cuda.set_device(device)
-    if not dist.is_initialized():
-        many = "RANK" in os.environ
-        dist.init_process_group(
-            "nccl" if cuda else "gloo", timeout=datetime.timedelta(seconds=cfg.timeout),
-            store=meeting_place("ranks", cfg.timeout) if many else dist.HashStore(),
-            rank=int(os.environ["RANK"]) if many else 0,
-            world_size=int(os.environ["WORLD_SIZE"]) if many else 1)
-    if cfg.deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-        torch.use_deterministic_algorithms(True)
-    libc = ctypes.CDLL(None) if sys.platform == "linux" else None
-    if hasattr(libc, "mallopt"):  # glibc, which gives large freed blocks back to the kernel: they
-        libc.mallopt(-3, 1 << 25)  # M_MMAP_THRESHOLD   # fault in anew at every step, 3-4 % of it
-        libc.mallopt(-1, 1 << 30)  # M_TRIM_THRESHOLD
-    # matrix kernels are made for each shape and kept, 1024 unless told otherwise
-    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "16384")
-    cores = cpu_cores()
-    torch.set_num_threads(cfg.threads or max(1, cores // ranks))  # torchrun's own default is 1
-    torch.manual_seed(cfg.seed)  # equal weights on every rank; batches are keyed by step instead
-    instructions = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")  # not in every torch
-    fast = any(getattr(torch.cpu, name, bool)() for name in instructions)  # bool() is False
-    fast = torch.cuda.get_device_capability(device) >= (8, 0) if cuda else fast
-    name = cfg.dtype if cfg.dtype != "auto" else "bf16" if fast else "fp32"
-    why = "" if cfg.dtype != "auto" else " (fast here)" if fast else " (no fast bf16 here)"
-    print0(f"{dist.get_world_size()} process(es) x {torch.get_num_threads()} threads of {cores} "
-           f"cores, {device}, {dist.get_backend()}, {name}{why}, ZeRO stage {cfg.zero}")
-    return device, DTYPES[name]
-
-
-def cpu_cores() -> int:
-    """Cores this process may use: the affinity mask, less what a container's quota takes away."""
-    affinity = getattr(os, "sched_getaffinity", None)  # Linux only
-    cores = len(affinity(0)) if affinity else os.cpu_count() or 1
-    for files in (["cpu.max"], ["cpu/cpu.cfs_quota_us", "cpu/cpu.cfs_period_us"]):  # cgroup 2, 1
-        try:
-            texts = [Path("/sys/fs/cgroup", file).read_text(encoding="utf-8") for file in files]
-            quota, period = map(int, " ".join(texts).split())
-        except (OSError, ValueError):  # no such cgroup, or "max"
-            continue
-        if quota > 0:
-            cores = max(1, min(cores, quota // period))
-    return cores
-
-
-def print0(*args, **kwargs):
-    """Prints on rank 0."""
-    if dist.get_rank() == 0:
-        print(*args, **kwargs, flush=True)
-
-
-def keyed_seed(*key) -> int:
-    """A 63-bit seed from anything printable: randomness keyed by (seed, step, row) has no state."""
-    digest = hashlib.blake2b(repr(key).encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "little") >> 1
-
-
-def all_sum(*values, device=None) -> list[float]:
-    """The sum of each number over all ranks (in float64)."""
-    total = torch.tensor([float(v) for v in values], dtype=torch.float64, device=device)
-    dist.all_reduce(total)
-    return total.tolist()
-
-
-def everywhere(mine: dict) -> dict:
-    """Merges the dicts of all ranks: what each computed for its share, known to all."""
-    shares = [mine] * dist.get_world_size()
-    # Not alone: gloo's thread would start OpenMP threads beside ours, and with more of them than
-    # cores all sleep between two operations.
-    if len(shares) > 1:
-        dist.all_gather_object(shares, mine)
-    return {key: value for share in shares for key, value in share.items()}
-
-
-def prepared(ready, build):
-    """Rank 0 of each machine builds a file that all ranks need; the others wait on the file, not in
-    a collective, which would time out. ready() → bool looks at the disk; build() must end with an
-    atomic rename."""
-    first = int(os.environ.get("LOCAL_RANK", 0)) == 0
-    while not ready():
-        build() if first else time.sleep(0.2)
-
-
-def write_atomically(path, write):
-    """Calls write(binary file) on a neighbour that is renamed when it is on disk: a reader, or a
-    run killed at any instant, sees the old file or the whole new one."""
-    temporary = Path(f"{path}.tmp{os.environ.get('RANK', '')}")  # two machines may build one file
-    with open(temporary, "wb") as file:
-        write(file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-
-
-def write_json(path, content):
-    """Writes content as JSON, atomically."""
-    text = json.dumps(content, indent=2, ensure_ascii=False)
-    write_atomically(path, lambda file: file.write(text.encode()))
-
-
-def file_hash(path) -> str:
-    """sha256 of a file, in pieces."""
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while piece := file.read(1 << 20):
-            digest.update(piece)
-    return digest.hexdigest()
-
-
-# ==== the folder of a run
-
-
-class Run:
-    """What a run leaves in --out beside the weights: run.json, metrics.jsonl, curves.svg, eval.json
-    and the state to resume from.
-
-    Same --out and same config: the run resumes where it was; another config: one line and an exit;
-    --fresh starts over. Every rank reads the same folder and so decides the same.
-    """
-
-    def __init__(self, cfg, steps, inputs=()):
-        """inputs: the files it depends on; if one has changed, a run in --out starts over."""
-        self.cfg, self.steps, self.out = cfg, steps, Path(cfg.out)
-        self.rank, self.printed, self.units = dist.get_rank(), 0.0, 0
-        self.tty, self.stopping = sys.stdout.isatty(), False
-        for path in inputs:
-            if not Path(path).is_file():
-                raise SystemExit(f"{path}: no such file")
-        hashes = {str(p): file_hash(p) for p in inputs}
-        # a restart by torchrun --max-restarts goes on with what --fresh began
-        fresh = cfg.fresh and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0"
-        metrics = self.out / "metrics.jsonl"
-        trained = metrics.exists() and metrics.stat().st_size > 0  # else there is nothing to lose
-        if (self.out / "run.json").exists() and trained and not fresh:
-            old = json.loads((self.out / "run.json").read_text(encoding="utf-8"))
-            before, now = old["config"], asdict(cfg)
-            differing = [k for k in now if k not in FREE and before.get(k) != now[k]]
-            if differing:
-                said = ", ".join(f"--{k.replace('_', '-')} {before.get(k)!r} → {now[k]!r}"
-                                 for k in differing)
-                raise SystemExit(f"{cfg.out} holds a run of another config ({said}); --fresh "
-                                 "starts over, another --out keeps both")
-            changed = [p for p in hashes if old["inputs"].get(p) != hashes[p]]
-            if changed:
-                print0(f"{changed[0]} has changed since the run in {cfg.out}: starting over")
-                fresh = True
-            elif (self.out / "eval.json").exists():
-                print0(f"{cfg.out} is finished; --fresh trains it again")
-                dist.destroy_process_group()
-                raise SystemExit(0)
-        dist.barrier()  # everyone has read the old run.json
-        git = f'git -C "{Path(__file__).parent}" rev-parse HEAD'
-        failed, commit = subprocess.getstatusoutput(git)  # there may be no git
-        self.record = {"script": Path(sys.argv[0]).name, "config": asdict(cfg), "inputs": hashes,
-                       "commit": "" if failed else commit, "torch": torch.__version__,
-                       "python": platform.python_version(), "world_size": dist.get_world_size(),
-                       "threads": torch.get_num_threads(), "seconds": 0.0}
-        if self.rank == 0:
-            self.out.mkdir(parents=True, exist_ok=True)
-            (self.out / "eval.json").unlink(missing_ok=True)
-            if fresh:
-                shutil.rmtree(self.out / "state", ignore_errors=True)
-            write_json(self.out / "run.json", self.record)
-        dist.barrier()
-
-    def stop(self, *_):
-        """Ctrl-C and SIGTERM: end at the next step boundary, with the state saved; repeated later,
-        at once (within 3 seconds it is torchrun's copy of the same Ctrl-C)."""
-        if self.stopping and time.time() - self.stopping > 3:
-            raise SystemExit(130)
-        self.stopping = self.stopping or time.time()
-
-    def resume(self, **optimizers) -> int:
-        """Loads the newest whole state, cuts metrics.jsonl off there; returns the step (or 0)."""
-        state = load_state(self.out / "state", optimizers)
-        self.first, self.seconds = state.get("step", 0), state.get("seconds", 0.0)
-        self.path = self.out / "metrics.jsonl"
-        if self.rank == 0:
-            old = self.path.read_text(encoding="utf-8") if self.path.exists() else ""
-            whole = [line for line in old.splitlines() if line.endswith("}")]  # not cut by a kill
-            kept = [line + "\n" for line in whole if json.loads(line)["step"] < self.first]
-            write_atomically(self.path, lambda file: file.write("".join(kept).encode()))
-        trained = next(iter(optimizers.values()))
-        self.record |= {"device": str(trained.device), "dtype": str(trained.dtype)}
-        if self.first:
-            print0(f"resumed at step {self.first} of {self.steps}")
-        for number in (signal.SIGINT, signal.SIGTERM):  # until now a signal ended the process
-            signal.signal(number, self.stop)
-        self.began = time.time()
-        return self.first
-
-    def log(self, step, units=0, **metrics):
-        """Appends a line to metrics.jsonl and shows one. A loss that is not finite ends the run, on
-        every rank, with nothing overwritten."""
-        broken = [k for k, v in metrics.items() if k.endswith("loss") and not math.isfinite(v)]
-        if broken:
-            raise SystemExit(f"step {step}: {broken[0]} is not finite; lower --lr, or look at the "
-                             "data of this step")
-        elapsed = max(1e-9, time.time() - self.began)
-        self.units += units
-        if self.rank != 0:
-            return
-        record = {"step": step, **metrics, "seconds": round(self.seconds + elapsed, 3)}
-        with open(self.path, "a", encoding="utf-8") as file:
-            file.write(json.dumps(record) + "\n")
-        last = step + 1 == self.steps
-        if last or time.time() - self.printed > (0.2 if self.tty else self.cfg.log_every):
-            left = int(elapsed / (step + 1 - self.first) * (self.steps - step - 1))
-            shown = "  ".join(f"{k} {v:.4g}" for k, v in metrics.items())
-            line = (f"{self.out.name} {step + 1}/{self.steps}  {left // 60}:{left % 60:02d} left  "
-                    f"{self.units / elapsed:,.0f} tokens/s  {shown}")
-            if self.tty and not last:  # in place: a line that wraps could not be written over
-                line = line[: shutil.get_terminal_size().columns - 1]
-            end = "\n" if last or not self.tty else ""
-            print("\r\033[K" + line if self.tty else line, end=end, flush=True)
-            self.printed = time.time()
-
-    def boundary(self, step, **optimizers):
-        """After every step: saves when it is time; saves and ends if any rank was asked to stop."""
-        device = next(iter(optimizers.values())).device
-        stop = all_sum(bool(self.stopping), device=device)[0] > 0
-        every = self.cfg.save_every or self.steps
-        if stop or (step + 1) % every == 0 and step + 1 < self.steps:
-            seconds = self.seconds + time.time() - self.began
-            save_state(self.out / "state", optimizers, {"step": step + 1, "seconds": seconds})
-        if stop:
-            print0(f"\nstopped after step {step + 1}; the same command resumes")
-            dist.destroy_process_group()
-            raise SystemExit(130)
-
-    def curves(self):
-        """curves.svg: every logged metric over the steps; if they are many, with a running mean."""
-        lines, panels = self.path.read_text(encoding="utf-8").splitlines(), []
-        records = [json.loads(line) for line in lines]
-        for name in dict.fromkeys(key for record in records for key in record):
-            points = [(r["step"], r[name]) for r in records if name in r]
-            (steps, values), half = zip(*points), len(points) // 50
-            series = {"": (steps, values)}
-            if half and name != "lr":
-                near = [values[max(0, i - half) : i + half + 1] for i in range(len(values))]
-                means = [sum(window) / len(window) for window in near]
-                series[f"mean over {2 * half + 1} steps"] = (steps, means)
-            if name not in ("step", "seconds"):
-                panels.append({"title": name, "series": series, "x_label": "step",
-                               "y_label": UNITS.get(name, "nats" if "loss" in name else "")})
-        plot(panels, self.out / "curves.svg")
-
-    def finish(self, **result):
-        """Draws the curves, writes the seconds into run.json and, last (it is make's target),
-        eval.json."""
-        self.record["seconds"] = round(self.seconds + time.time() - self.began, 1)
-        if self.rank == 0:
-            write_json(self.out / "run.json", self.record)
-            self.curves()
-            write_json(self.out / "eval.json", result)
-            shutil.rmtree(self.out / "state", ignore_errors=True)
-        numbers = [f"{k} {v:.4g}" for k, v in result.items() if isinstance(v, (int, float))]
-        print0(f"{self.out}: {'  '.join(numbers)}  ({self.record['seconds']:.0f} s)")
+def rlhf(parameters, world) -> list[dict]:
+    """Bytes per rank in 16 bits of SFT's one model, DPO's two (policy, frozen reference) and PPO's
+    four (policy and value model train, reference and reward model are frozen), all of one size."""
+    rows = []
+    for row in plan(parameters, world):
+        one, frozen = row["total"], row["parameters"]
+        rows.append({"stage": row["stage"], "a trained model": one, "a frozen one": frozen,
+                     "SFT": one, "DPO": one + frozen, "PPO": 2 * one + 2 * frozen})
+    return rows
 
 
 # ==== two collectives
@@ -907,6 +556,390 @@ def load_state(folder, optimizers) -> dict:
     return numbers
 
 
+# =================================================================================================
+# What scripts merely stand on: read once, or never.
+# =================================================================================================
+
+# ==== launch
+
+
+@dataclass
+class BaseConfig:
+    """What every command that runs a model can be told."""
+
+    out: str = "out/run"  # what is written
+    seed: int = 0  # of weights, batches and samples
+    zero: Literal[0, 1, 2, 3] = 0  # ZeRO stage
+    device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: a GPU where there is one
+    dtype: Literal["auto", "bf16", "fp16", "fp32", "fp64"] = "auto"  # bf16 where that is fast
+    threads: int = 0  # CPU threads per process; 0: the cores divided by the processes
+    deterministic: bool = False  # CUDA: only kernels that give the same bits twice
+    timeout: float = 600.0  # seconds that a rank waits for the others before it ends
+
+
+@dataclass
+class RunConfig(BaseConfig):
+    """What every training script can be told besides; each adds its own and other defaults."""
+
+    fresh: bool = False  # start over instead of resuming what stands in --out
+    steps: int = 1000  # optimizer steps
+    batch_size: int = 32  # rows per optimizer step over all processes, whatever their number
+    micro_tokens: int = 2048  # padded tokens of a forward pass of a process; less takes less memory
+    lr: float = 1e-3  # peak learning rate, after warmup
+    warmup: float = 0.05  # share of the steps in which the learning rate rises
+    min_lr: float = 0.1  # end of the cosine, as a share of the peak
+    weight_decay: float = 0.1  # AdamW's, on weights of two and more dimensions
+    grad_clip: float = 1.0  # largest norm of the gradient
+    offload: bool = False  # fp32 weights and Adam's moments in CPU memory (ZeRO-Offload)
+    checkpointing: bool = False  # recompute activations in backward (D4 2.4.2)
+    save_every: int = 500  # steps between two saved training states; 0: save only when stopped
+    log_every: float = 10.0  # seconds between two printed lines where the output is no terminal
+
+
+# These may change between a run and its resumption: speed and memory, not what is trained.
+FREE = {"out", "fresh", "micro_tokens", "zero", "device", "dtype", "threads", "checkpointing",
+        "save_every", "log_every", "timeout", "offload", "compile"}
+DTYPES = {"fp64": torch.float64, "fp32": torch.float32, "bf16": torch.bfloat16,
+          "fp16": torch.float16}
+
+
+def parse_config(Config, argv=None):
+    """Config from the command line: a kebab-case flag per field, its comment as the help text; a
+    Literal lists what the flag may be."""
+    parser = argparse.ArgumentParser(description=sys.modules[Config.__module__].__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter,
+                                     allow_abbrev=False)
+    # the most derived class comes first, and the first comment found counts
+    source = "".join(inspect.getsource(c) for c in Config.__mro__ if c is not object)
+    for field in fields(Config):
+        comment = re.search(rf"^    {field.name}: .*?  # (.*)$", source, re.MULTILINE)
+        text = f"{comment[1] if comment else ''} (default: {field.default!r})".replace("%", "%%")
+        kind = {"type": type(field.default), "choices": get_args(field.type) or None}
+        if isinstance(field.default, bool):
+            kind = {"action": argparse.BooleanOptionalAction}
+        flag = "--" + field.name.replace("_", "-")
+        parser.add_argument(flag, default=field.default, help=text, **kind)
+    return Config(**vars(parser.parse_args(argv)))
+
+
+def launch(main, Config, argv=None):
+    """Runs main(config), under `python x.py` and `torchrun x.py` alike; if a rank fails, all end
+    with its message."""
+    try:
+        main(parse_config(Config, argv))
+    except (Exception, SystemExit) as error:
+        asked = isinstance(getattr(error, "code", None), int)  # to stop
+        if asked or not dist.is_initialized() or dist.get_world_size() == 1:
+            raise
+        raise SystemExit(first_failure(error)) from None
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def first_failure(error, patience=3.0) -> str:
+    """What the first rank that failed said, and which ranks say nothing: the others only see that
+    a collective broke. They tell each other through torchrun's store, which outlives them."""
+    rank, world = dist.get_rank(), dist.get_world_size()
+    kind = "" if isinstance(error, SystemExit) else f"{type(error).__name__}: "
+    first = mine = f"rank {rank}: {kind}{error}"
+    silent = []
+    try:
+        store = meeting_place("failures", patience, serve=False)
+        first = store.compare_set("first", "", mine).decode()
+        store.set(str(rank), "here")
+        if kind and first == mine:
+            traceback.print_exception(error)
+        dist.destroy_process_group()  # wakes who waits for this rank
+        end = time.time() + patience
+        while time.time() < end and (
+                silent := [r for r in range(world) if not store.check([str(r)])]):
+            time.sleep(0.05)
+    except dist.DistError:
+        first += "; the machine that keeps the ranks' messages is gone"
+    lost = ", ".join(map(str, silent))
+    return f"no sign of rank {lost}: killed, frozen or cut off ({first})" if silent else first
+
+
+def meeting_place(name, seconds, serve=True):
+    """The store that torchrun serves (without it: rank 0), by which the ranks find each other. Each
+    restart has a part of its own: in the last one's stand the addresses of the dead."""
+    env = os.environ
+    serve = serve and env["RANK"] == "0" and env.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+    store = dist.TCPStore(env["MASTER_ADDR"], int(env["MASTER_PORT"]), is_master=serve,
+                          timeout=datetime.timedelta(seconds=seconds), wait_for_workers=False,
+                          use_libuv=sys.platform != "win32")
+    return dist.PrefixStore(f"{name} {env.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+
+
+def setup(cfg) -> tuple[torch.device, torch.dtype]:
+    """Process group, device, threads and seed, for one process as for many: nobody asks which."""
+    local = int(os.environ.get("LOCAL_RANK", 0))
+    ranks = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    cuda = torch.cuda.is_available() and cfg.device != "cpu"
+    if cfg.device == "cuda" and not cuda:
+        raise SystemExit("--device cuda: this torch sees no GPU; use cpu, or install a CUDA build")
+    device = torch.device("cuda", local) if cuda else torch.device("cpu")
+    if cuda:
+        torch.cuda.set_device(device)
+    if not dist.is_initialized():
+        many = "RANK" in os.environ
+        dist.init_process_group(
+            "nccl" if cuda else "gloo", timeout=datetime.timedelta(seconds=cfg.timeout),
+            store=meeting_place("ranks", cfg.timeout) if many else dist.HashStore(),
+            rank=int(os.environ["RANK"]) if many else 0,
+            world_size=int(os.environ["WORLD_SIZE"]) if many else 1)
+    if cfg.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+    libc = ctypes.CDLL(None) if sys.platform == "linux" else None
+    if hasattr(libc, "mallopt"):  # glibc, which gives large freed blocks back to the kernel: they
+        libc.mallopt(-3, 1 << 25)  # M_MMAP_THRESHOLD   # fault in anew at every step, 3-4 % of it
+        libc.mallopt(-1, 1 << 30)  # M_TRIM_THRESHOLD
+    # matrix kernels are made for each shape and kept, 1024 unless told otherwise
+    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "16384")
+    cores = cpu_cores()
+    torch.set_num_threads(cfg.threads or max(1, cores // ranks))  # torchrun's own default is 1
+    torch.manual_seed(cfg.seed)  # equal weights on every rank; batches are keyed by step instead
+    instructions = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")  # not in every torch
+    fast = any(getattr(torch.cpu, name, bool)() for name in instructions)  # bool() is False
+    fast = torch.cuda.get_device_capability(device) >= (8, 0) if cuda else fast
+    name = cfg.dtype if cfg.dtype != "auto" else "bf16" if fast else "fp32"
+    why = "" if cfg.dtype != "auto" else " (fast here)" if fast else " (no fast bf16 here)"
+    print0(f"{dist.get_world_size()} process(es) x {torch.get_num_threads()} threads of {cores} "
+           f"cores, {device}, {dist.get_backend()}, {name}{why}, ZeRO stage {cfg.zero}")
+    return device, DTYPES[name]
+
+
+def cpu_cores() -> int:
+    """Cores this process may use: the affinity mask, less what a container's quota takes away."""
+    affinity = getattr(os, "sched_getaffinity", None)  # Linux only
+    cores = len(affinity(0)) if affinity else os.cpu_count() or 1
+    for files in (["cpu.max"], ["cpu/cpu.cfs_quota_us", "cpu/cpu.cfs_period_us"]):  # cgroup 2, 1
+        try:
+            texts = [Path("/sys/fs/cgroup", file).read_text(encoding="utf-8") for file in files]
+            quota, period = map(int, " ".join(texts).split())
+        except (OSError, ValueError):  # no such cgroup, or "max"
+            continue
+        if quota > 0:
+            cores = max(1, min(cores, quota // period))
+    return cores
+
+
+def print0(*args, **kwargs):
+    """Prints on rank 0."""
+    if dist.get_rank() == 0:
+        print(*args, **kwargs, flush=True)
+
+
+def keyed_seed(*key) -> int:
+    """A 63-bit seed from anything printable: randomness keyed by (seed, step, row) has no state."""
+    digest = hashlib.blake2b(repr(key).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 1
+
+
+def all_sum(*values, device=None) -> list[float]:
+    """The sum of each number over all ranks (in float64)."""
+    total = torch.tensor([float(v) for v in values], dtype=torch.float64, device=device)
+    dist.all_reduce(total)
+    return total.tolist()
+
+
+def everywhere(mine: dict) -> dict:
+    """Merges the dicts of all ranks: what each computed for its share, known to all."""
+    shares = [mine] * dist.get_world_size()
+    # Not alone: gloo's thread would start OpenMP threads beside ours, and with more of them than
+    # cores all sleep between two operations.
+    if len(shares) > 1:
+        dist.all_gather_object(shares, mine)
+    return {key: value for share in shares for key, value in share.items()}
+
+
+def prepared(ready, build):
+    """Rank 0 of each machine builds a file that all ranks need; the others wait on the file, not in
+    a collective, which would time out. ready() → bool looks at the disk; build() must end with an
+    atomic rename."""
+    first = int(os.environ.get("LOCAL_RANK", 0)) == 0
+    while not ready():
+        build() if first else time.sleep(0.2)
+
+
+def write_atomically(path, write):
+    """Calls write(binary file) on a neighbour that is renamed when it is on disk: a reader, or a
+    run killed at any instant, sees the old file or the whole new one."""
+    temporary = Path(f"{path}.tmp{os.environ.get('RANK', '')}")  # two machines may build one file
+    with open(temporary, "wb") as file:
+        write(file)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def write_json(path, content):
+    """Writes content as JSON, atomically."""
+    text = json.dumps(content, indent=2, ensure_ascii=False)
+    write_atomically(path, lambda file: file.write(text.encode()))
+
+
+def file_hash(path) -> str:
+    """sha256 of a file, in pieces."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while piece := file.read(1 << 20):
+            digest.update(piece)
+    return digest.hexdigest()
+
+
+# ==== the folder of a run
+
+
+class Run:
+    """What a run leaves in --out beside the weights: run.json, metrics.jsonl, curves.svg, eval.json
+    and the state to resume from.
+
+    Same --out and same config: the run resumes where it was; another config: one line and an exit;
+    --fresh starts over. Every rank reads the same folder and so decides the same.
+    """
+
+    def __init__(self, cfg, steps, inputs=()):
+        """inputs: the files it depends on; if one has changed, a run in --out starts over."""
+        self.cfg, self.steps, self.out = cfg, steps, Path(cfg.out)
+        self.rank, self.printed, self.units = dist.get_rank(), 0.0, 0
+        self.tty, self.stopping = sys.stdout.isatty(), False
+        for path in inputs:
+            if not Path(path).is_file():
+                raise SystemExit(f"{path}: no such file")
+        hashes = {str(p): file_hash(p) for p in inputs}
+        # a restart by torchrun --max-restarts goes on with what --fresh began
+        fresh = cfg.fresh and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0"
+        metrics = self.out / "metrics.jsonl"
+        trained = metrics.exists() and metrics.stat().st_size > 0  # else there is nothing to lose
+        if (self.out / "run.json").exists() and trained and not fresh:
+            old = json.loads((self.out / "run.json").read_text(encoding="utf-8"))
+            before, now = old["config"], asdict(cfg)
+            differing = [k for k in now if k not in FREE and before.get(k) != now[k]]
+            if differing:
+                said = ", ".join(f"--{k.replace('_', '-')} {before.get(k)!r} → {now[k]!r}"
+                                 for k in differing)
+                raise SystemExit(f"{cfg.out} holds a run of another config ({said}); --fresh "
+                                 "starts over, another --out keeps both")
+            changed = [p for p in hashes if old["inputs"].get(p) != hashes[p]]
+            if changed:
+                print0(f"{changed[0]} has changed since the run in {cfg.out}: starting over")
+                fresh = True
+            elif (self.out / "eval.json").exists():
+                print0(f"{cfg.out} is finished; --fresh trains it again")
+                dist.destroy_process_group()
+                raise SystemExit(0)
+        dist.barrier()  # everyone has read the old run.json
+        git = f'git -C "{Path(__file__).parent}" rev-parse HEAD'
+        failed, commit = subprocess.getstatusoutput(git)  # there may be no git
+        self.record = {"script": Path(sys.argv[0]).name, "config": asdict(cfg), "inputs": hashes,
+                       "commit": "" if failed else commit, "torch": torch.__version__,
+                       "python": platform.python_version(), "world_size": dist.get_world_size(),
+                       "threads": torch.get_num_threads(), "seconds": 0.0}
+        if self.rank == 0:
+            self.out.mkdir(parents=True, exist_ok=True)
+            (self.out / "eval.json").unlink(missing_ok=True)
+            if fresh:
+                shutil.rmtree(self.out / "state", ignore_errors=True)
+            write_json(self.out / "run.json", self.record)
+        dist.barrier()
+
+    def stop(self, *_):
+        """Ctrl-C and SIGTERM: end at the next step boundary, with the state saved; repeated later,
+        at once (within 3 seconds it is torchrun's copy of the same Ctrl-C)."""
+        if self.stopping and time.time() - self.stopping > 3:
+            raise SystemExit(130)
+        self.stopping = self.stopping or time.time()
+
+    def resume(self, **optimizers) -> int:
+        """Loads the newest whole state, cuts metrics.jsonl off there; returns the step (or 0)."""
+        state = load_state(self.out / "state", optimizers)
+        self.first, self.seconds = state.get("step", 0), state.get("seconds", 0.0)
+        self.path = self.out / "metrics.jsonl"
+        if self.rank == 0:
+            old = self.path.read_text(encoding="utf-8") if self.path.exists() else ""
+            whole = [line for line in old.splitlines() if line.endswith("}")]  # not cut by a kill
+            kept = [line + "\n" for line in whole if json.loads(line)["step"] < self.first]
+            write_atomically(self.path, lambda file: file.write("".join(kept).encode()))
+        trained = next(iter(optimizers.values()))
+        self.record |= {"device": str(trained.device), "dtype": str(trained.dtype)}
+        if self.first:
+            print0(f"resumed at step {self.first} of {self.steps}")
+        for number in (signal.SIGINT, signal.SIGTERM):  # until now a signal ended the process
+            signal.signal(number, self.stop)
+        self.began = time.time()
+        return self.first
+
+    def log(self, step, units=0, **metrics):
+        """Appends a line to metrics.jsonl and shows one. A loss that is not finite ends the run, on
+        every rank, with nothing overwritten."""
+        broken = [k for k, v in metrics.items() if k.endswith("loss") and not math.isfinite(v)]
+        if broken:
+            raise SystemExit(f"step {step}: {broken[0]} is not finite; lower --lr, or look at the "
+                             "data of this step")
+        elapsed = max(1e-9, time.time() - self.began)
+        self.units += units
+        if self.rank != 0:
+            return
+        record = {"step": step, **metrics, "seconds": round(self.seconds + elapsed, 3)}
+        with open(self.path, "a", encoding="utf-8") as file:
+            file.write(json.dumps(record) + "\n")
+        last = step + 1 == self.steps
+        if last or time.time() - self.printed > (0.2 if self.tty else self.cfg.log_every):
+            left = int(elapsed / (step + 1 - self.first) * (self.steps - step - 1))
+            shown = "  ".join(f"{k} {v:.4g}" for k, v in metrics.items())
+            line = (f"{self.out.name} {step + 1}/{self.steps}  {left // 60}:{left % 60:02d} left  "
+                    f"{self.units / elapsed:,.0f} tokens/s  {shown}")
+            if self.tty and not last:  # in place: a line that wraps could not be written over
+                line = line[: shutil.get_terminal_size().columns - 1]
+            end = "\n" if last or not self.tty else ""
+            print("\r\033[K" + line if self.tty else line, end=end, flush=True)
+            self.printed = time.time()
+
+    def boundary(self, step, **optimizers):
+        """After every step: saves when it is time; saves and ends if any rank was asked to stop."""
+        device = next(iter(optimizers.values())).device
+        stop = all_sum(bool(self.stopping), device=device)[0] > 0
+        every = self.cfg.save_every or self.steps
+        if stop or (step + 1) % every == 0 and step + 1 < self.steps:
+            seconds = self.seconds + time.time() - self.began
+            save_state(self.out / "state", optimizers, {"step": step + 1, "seconds": seconds})
+        if stop:
+            print0(f"\nstopped after step {step + 1}; the same command resumes")
+            dist.destroy_process_group()
+            raise SystemExit(130)
+
+    def curves(self):
+        """curves.svg: every logged metric over the steps; if they are many, with a running mean."""
+        lines, panels = self.path.read_text(encoding="utf-8").splitlines(), []
+        records = [json.loads(line) for line in lines]
+        for name in dict.fromkeys(key for record in records for key in record):
+            points = [(r["step"], r[name]) for r in records if name in r]
+            (steps, values), half = zip(*points), len(points) // 50
+            series = {"": (steps, values)}
+            if half and name != "lr":
+                near = [values[max(0, i - half) : i + half + 1] for i in range(len(values))]
+                means = [sum(window) / len(window) for window in near]
+                series[f"mean over {2 * half + 1} steps"] = (steps, means)
+            if name not in ("step", "seconds"):
+                panels.append({"title": name, "series": series, "x_label": "step",
+                               "y_label": UNITS.get(name, "nats" if "loss" in name else "")})
+        plot(panels, self.out / "curves.svg")
+
+    def finish(self, **result):
+        """Draws the curves, writes the seconds into run.json and, last (it is make's target),
+        eval.json."""
+        self.record["seconds"] = round(self.seconds + time.time() - self.began, 1)
+        if self.rank == 0:
+            write_json(self.out / "run.json", self.record)
+            self.curves()
+            write_json(self.out / "eval.json", result)
+            shutil.rmtree(self.out / "state", ignore_errors=True)
+        numbers = [f"{k} {v:.4g}" for k, v in result.items() if isinstance(v, (int, float))]
+        print0(f"{self.out}: {'  '.join(numbers)}  ({self.record['seconds']:.0f} s)")
+
+
 # ==== pictures
 
 COLOURS = ("#2f86d1", "#d9752b", "#2f9e5f", "#a868c9", "#b58a1f", "#d6506a")
@@ -990,22 +1023,7 @@ def plot(panels, path, across=3):
     write_atomically(path, lambda file: file.write("\n".join([*parts, "</svg>"]).encode()))
 
 
-# ==== the planner
-
-
-def plan(parameters, world, sixteen_bit=True, micro_batches=1, offload=False) -> list[dict]:
-    """Bytes per rank at rest, and sent per rank and step: the table of the module's docstring, in
-    rows. Offload moves the fp32 master weights and Adam's moments, 12 bytes, to the host."""
-    weight, state = (2, 12) if sixteen_bit else (4, 8)
-    weights, rows = weight * parameters, []
-    for stage, times in enumerate((2, 2, micro_batches + 1, 3 * micro_batches)):
-        split = [world if stage >= first else 1 for first in (3, 2, 1)]
-        row = {"parameters": weights / split[0], "gradients": weights / split[1],
-               "optimizer": 0 if offload else state * parameters / split[2]}
-        rows.append({"stage": stage} | row | {
-            "total": sum(row.values()), "host": 12 * parameters / split[2] if offload else 0,
-            "sent": times * weights * (world - 1) / world})
-    return rows
+# ==== the command lines
 
 
 def layers(model, world) -> list[tuple[str, int]]:
@@ -1046,17 +1064,6 @@ def plan_layers(layers, world, sixteen_bit, micro_batches, receiving, overlap=Tr
     rows[3]["sent"] = width * micro_batches * moved * (world - 1) / world
     return [row | {"buffers": width * buffers(layers, row["stage"], receiving, overlap)}
             for row in rows]
-
-
-def rlhf(parameters, world) -> list[dict]:
-    """Bytes per rank in 16 bits of SFT's one model, DPO's two (policy, frozen reference) and PPO's
-    four (policy and value model train, reference and reward model are frozen), all of one size."""
-    rows = []
-    for row in plan(parameters, world):
-        one, frozen = row["total"], row["parameters"]
-        rows.append({"stage": row["stage"], "a trained model": one, "a frozen one": frozen,
-                     "SFT": one, "DPO": one + frozen, "PPO": 2 * one + 2 * frozen})
-    return rows
 
 
 def table(rows, unit=1e9, form=">12.4g"):
