@@ -28,7 +28,6 @@ when lengths differ).
 import argparse
 import ctypes
 import datetime
-import functools
 import gc
 import hashlib
 import html
@@ -63,18 +62,27 @@ from torch.utils._python_dispatch import TorchDispatchMode
 # ==== the arithmetic
 
 
-def plan(parameters, world, sixteen_bit=True, micro_batches=1, offload=False) -> list[dict]:
-    """Bytes per rank at rest, and sent per rank and step: the table of the module's docstring, in
-    rows. Offload moves the fp32 master weights and Adam's moments, 12 bytes, to the host."""
-    weight, state = (2, 12) if sixteen_bit else (4, 8)
-    weights, rows = weight * parameters, []
-    for stage, times in enumerate((2, 2, micro_batches + 1, 3 * micro_batches)):
-        split = [world if stage >= first else 1 for first in (3, 2, 1)]
-        row = {"parameters": weights / split[0], "gradients": weights / split[1],
-               "optimizer": 0 if offload else state * parameters / split[2]}
-        rows.append({"stage": stage} | row | {
-            "total": sum(row.values()), "host": 12 * parameters / split[2] if offload else 0,
-            "sent": times * weights * (world - 1) / world})
+def plan(parameters, world, sixteen_bit=True, micro_batches=1, offload=False, once=0):
+    """The docstring's table, a dict per stage: bytes per rank at rest, and sent per rank and step.
+
+    Offload moves the fp32 master weights and Adam's moments, 12 bytes, to the host. `once` counts
+    the parameters that stage 3 gathers once per micro-batch, not twice: see `gathered_once`."""
+    weight, state = (2, 12) if sixteen_bit else (4, 8)  # bytes per parameter
+    weights = weight * parameters  # Ψ
+    k = micro_batches
+    moved = (2 * weights, 2 * weights, (k + 1) * weights, k * (3 * weights - weight * once))
+    rows = []
+    for stage in range(4):
+        state_ranks = world if stage >= 1 else 1  # over how many ranks it is split: P_os
+        grad_ranks = world if stage >= 2 else 1  # P_g
+        weight_ranks = world if stage >= 3 else 1  # P_p
+        row = {"parameters": weights / weight_ranks,
+               "gradients": weights / grad_ranks,
+               "optimizer": 0 if offload else state * parameters / state_ranks}
+        row["total"] = sum(row.values())
+        row["host"] = 12 * parameters / state_ranks if offload else 0
+        row["sent"] = moved[stage] * (world - 1) / world
+        rows.append({"stage": stage} | row)
     return rows
 
 
@@ -157,7 +165,7 @@ class Unit:
         self.trainable = parameters[0].requires_grad
         self.decayed = sum(p.numel() for p in parameters if p.dim() >= 2)
         self.numel = sum(p.numel() for p in parameters)
-        padded = -(-self.numel // world) * world
+        padded = round_up(self.numel, world)
         first, parts = (0, 1) if stage == 0 else (rank, world)
         self.lo, self.hi = first * padded // parts, (first + 1) * padded // parts
         exact = torch.zeros(padded, dtype=parameters[0].dtype, device=device)
@@ -214,6 +222,22 @@ class Unit:
                 p.data = self.absent.expand(p.shape)
             self.flat.untyped_storage().resize_(0)
             self.present, self.coming = False, None
+
+
+def round_up(n, multiple) -> int:
+    """The smallest multiple that is not below n."""
+    return -(-n // multiple) * multiple
+
+
+def gathered_once(model, world) -> int:
+    """Elements, padded, that stage 3 gathers once per micro-batch instead of twice: the first layer
+    (the embedding's backward reads no weight) and the last (still there when backward begins). A
+    tied matrix is both, and so comes twice after all."""
+    layers = [parameters for _, _, parameters in named_units(model)]
+    first, last = layers[0], layers[-1]
+    if first[0] is last[0]:
+        return 0
+    return sum(round_up(sum(p.numel() for p in layer), world) for layer in (first, last))
 
 
 def named_units(module, path="", whole=False):
@@ -1026,46 +1050,6 @@ def plot(panels, path, across=3):
 # ==== the command lines
 
 
-def layers(model, world) -> list[tuple[str, int]]:
-    """(unit, its padded size) of each layer in the order of forward; a tied one comes twice."""
-    order, owner, sizes = [], {}, {}
-    for _, path, parameters in named_units(model):
-        new = [p for p in parameters if p not in owner]
-        owner |= dict.fromkeys(new, path)
-        if new:
-            sizes[path] = -(-sum(p.numel() for p in new) // world) * world
-        order.append(owner[parameters[0]])
-    return [(path, sizes[path]) for path in order]
-
-
-def buffers(layers, stage, receiving, overlap=True) -> int:
-    """The most elements that a rank holds in a step beside those at rest, walking backward through
-    layers(): the gathered layer and the one prefetched (stage 3); the bucket that fills, and the
-    one before on its way (stages 2, 3); what it receives (only gloo needs memory for that)."""
-    if stage < 2:
-        return receiving * max(size for _, size in layers)
-    most = held = away = 0
-    for i, (unit, size) in reversed(list(enumerate(layers))):
-        if stage == 3 and i > 0:  # the embedding's backward reads no weight
-            held = size + (layers[i - 1][1] if overlap and i > 1 else 0)
-        if unit not in dict(layers[:i]):  # else tied: its gradient is whole at the other place
-            most = max(most, held + size + max(away, receiving * size))
-            away = size + receiving * size if overlap else 0
-    return most
-
-
-def plan_layers(layers, world, sixteen_bit, micro_batches, receiving, overlap=True,
-                offload=False) -> list[dict]:
-    """plan() of a model's layers(), with the buffers of a step, and in stage 3 without the gathers
-    that the ends save: backward needs the embedding no more and the head still."""
-    rows = plan(sum(dict(layers).values()), world, sixteen_bit, micro_batches, offload)
-    width, sizes = 2 if sixteen_bit else 4, [size for _, size in layers]
-    moved = sum(sizes) + sum(sizes[1:-1]) + sum(dict(layers).values())  # gathered, reduced
-    rows[3]["sent"] = width * micro_batches * moved * (world - 1) / world
-    return [row | {"buffers": width * buffers(layers, row["stage"], receiving, overlap)}
-            for row in rows]
-
-
 def table(rows, unit=1e9, form=">12.4g"):
     """Prints dicts of one form as a table, all columns but the first in `unit`s."""
     print("".join(f"{name:>{max(12, len(name) + 2)}}" for name in rows[0]))
@@ -1085,32 +1069,32 @@ class PlanConfig:
     rlhf: bool = False  # PPO's four models and DPO's two as well
 
 
-def named(model, presets):
-    """The preset of that name."""
-    if model not in presets:
-        raise SystemExit(f"--model is one of {', '.join(presets)}")
-    return presets[model]
+def preset(model, name):
+    """The configuration of that name in the module `model`."""
+    if name not in model.PRESETS:
+        raise SystemExit(f"--model is one of {', '.join(model.PRESETS)}")
+    return model.PRESETS[name]
 
 
-def show_plan(cfg, presets, build):
+def show_plan(cfg, model):
     """Prints plan() in both ledgers, for a number of parameters or a model of the documents."""
-    world, size, shape, k = cfg.world_size, cfg.params, None, cfg.micro_batches
+    world, size, once = cfg.world_size, cfg.params, 0
     if cfg.model:
         with torch.device("meta"):  # shapes without memory
-            net = build(named(cfg.model, presets))
-        size, shape = sum(p.numel() for p in net.parameters()), layers(net, world)
+            net = model.CausalLM(preset(model, cfg.model))
+        size = sum(p.numel() for p in net.parameters())
+        once = gathered_once(net, world)
     print(f"GB (10⁹ bytes) on each of {world} GPUs for {size:,.0f} parameters; the time of the "
           f"traffic at {cfg.bandwidth:g} GB/s")
     for sixteen, ledger in (
             (False, "fp32: weight 4 + gradient 4 + Adam's moments 4 + 4"),
             (True, "mixed: weight 2 + gradient 2 + fp32 weight 4 + moments 4 + 4")):
-        rows, options = [], (world, sixteen, k)
-        found = plan_layers(shape, *options, 0) if shape else plan(size, *options)  # nccl: 0
-        for row, away in zip(found, plan(size, *options, offload=True)):
-            sent, _, peak = row.pop("sent"), row.pop("host"), row.pop("buffers", None)
-            row |= {"peak": row["total"] + peak} if shape else {}
-            row |= {"offloaded": away["total"], "host": away["host"], "sent/step": sent}
-            rows.append(row | {"seconds": sent / cfg.bandwidth})
+        rows = plan(size, world, sixteen, cfg.micro_batches, once=once)
+        for row, away in zip(rows, plan(size, world, sixteen, offload=True)):
+            sent = row.pop("sent")
+            del row["host"]
+            row |= {"offloaded": away["total"], "host": away["host"]}
+            row |= {"sent/step": sent, "seconds": sent / cfg.bandwidth}
         print(f"\n{ledger} bytes per parameter; offloaded: the GPU without fp32 weight and moments")
         table(rows)
     if cfg.rlhf:
@@ -1175,68 +1159,77 @@ class MeasureConfig(BaseConfig):
     offload: bool = False  # fp32 weights and Adam's moments in CPU memory
 
 
-def train_stage(optimizer, loss, cfg, device) -> dict:
-    """A few steps: what is held at rest and at the peak, sent, how long a step takes, memory."""
-    peak_memory(device)
-    seconds, peak = [], Peak(optimizer)
-    for step in range(cfg.steps + 1):
-        SENT["bytes"], began = 0, time.perf_counter()
-        with peak if step == 0 else nullcontext():  # looking costs time: that step is not timed
-            for _ in range(cfg.micro_batches):
-                optimizer.backward(loss())
-            rest = optimizer.live_bytes()
-            optimizer.step(1e-3)
-        seconds.append(time.perf_counter() - began)
-    return {"at rest": rest, "peak": peak.most | {"sent/step": SENT["bytes"]},
-            "ms": 1e3 * statistics.median(seconds[1:]), "memory": peak_memory(device)}
-
-
-def measure(cfg, presets, build, logprobs):
-    """Trains a few steps in every stage and prints what a rank holds and sends beside the plan."""
+def measure(cfg, model):
+    """Trains a few steps in every stage; prints what a rank holds and sends beside the plan."""
     device, dtype = setup(cfg)
-    config, world = named(cfg.model, presets), dist.get_world_size()
+    config = preset(model, cfg.model)
+    world = dist.get_world_size()
+
+    def build(stage):
+        torch.manual_seed(cfg.seed)
+        net = model.CausalLM(config)
+        return AdamW(net, stage, dtype, device, overlap=cfg.overlap, offload=cfg.offload)
 
     def loss(net):
         ids = torch.randint(0, config.vocab_size, (cfg.rows, cfg.context + 1), device=device)
-        return -logprobs(net, ids[:, :-1], ids[:, 1:]).mean() / cfg.micro_batches / world
+        logprobs = model.token_logprobs(net, ids[:, :-1], ids[:, 1:])
+        return -logprobs.mean() / cfg.micro_batches / world
 
-    def optimizer(stage):
-        torch.manual_seed(cfg.seed)
-        options = {"overlap": cfg.overlap, "offload": cfg.offload}
-        return AdamW(build(config), stage, dtype, device, **options)
-
-    one = optimizer(0)
+    optimizer = build(0)
+    net = optimizer.model
     for recompute in (False, True):
-        one.model.model.activation_checkpointing = recompute
-        kept = saved_bytes(lambda: loss(one.model), one.model)
+        net.model.activation_checkpointing = recompute
+        kept = saved_bytes(lambda: loss(net), net)
         print0(f"saved for backward: {kept:,} bytes, activation checkpointing {recompute}")
-    shape = layers(one.model, world)
-    columns = ("parameters", "gradients", "optimizer", "buffers", "host", "sent/step")
-    print0(f"{config}\nbytes on rank 0, at rest and at the peak of a step, measured and planned\n"
-           f"{'stage':>12}", *(f"{c:>14}" for c in columns), f"{'ms/step':>10}{'memory':>16}",
-           sep="")
-    received = device.type == "cpu" and world > 1
-    rows = plan_layers(shape, world, dtype.itemsize == 2, cfg.micro_batches, received,
-                       cfg.overlap, cfg.offload)
-    for stage, row in enumerate(rows):
-        one = optimizer(stage)
-        found = train_stage(one, lambda: loss(one.model), cfg, device)
-        found["plan"] = row | {"sent/step": row["sent"]}
-        for title in ("at rest", "peak", "plan"):
-            numbers = found[title]
-            cells = [f"{int(numbers[c]):>14,}" if c in numbers else "" for c in columns]
-            end = f"{found['ms']:>10.1f}{found['memory']:>16,}" if title == "peak" else ""
-            print0(f"{stage:>4}{title:>8}", *cells, end, sep="")
+    size = sum(unit.flat.numel() for unit in optimizer.units)  # padding included
+    once = gathered_once(net, world)
+    plans = plan(size, world, dtype.itemsize == 2, cfg.micro_batches, cfg.offload, once)
+    print0(f"{config}\nbytes on rank 0, at rest and at the peak of a step, measured and planned")
+    print0(f"{'stage':>12}", *(f"{c:>14}" for c in COLUMNS), f"{'ms/step':>10}{'memory':>16}", sep="")
+    for stage in range(4):
+        optimizer = build(stage)
+        rest, peak, times = train_stage(optimizer, loss, cfg, device)
+        show_row(stage, "at rest", rest)
+        show_row(stage, "peak", peak, times)
+        show_row(stage, "plan", plans[stage] | {"sent/step": plans[stage]["sent"]})
+
+
+COLUMNS = ("parameters", "gradients", "optimizer", "buffers", "host", "sent/step")
+
+
+def show_row(stage, title, numbers, end=""):
+    """Prints a line of `measure`; what is not among the numbers stays empty."""
+    cells = [f"{int(numbers[c]):>14,}" if c in numbers else " " * 14 for c in COLUMNS]
+    print0(f"{stage:>4}{title:>8}{''.join(cells)}{end}".rstrip())
+
+
+def train_stage(optimizer, loss, cfg, device):
+    """A few steps: bytes at rest, at the peak with what is sent, and "ms/step, memory"."""
+    peak_memory(device)  # counts from here
+    peak = Peak(optimizer)
+    seconds = []
+    for step in range(cfg.steps + 1):
+        SENT["bytes"] = 0
+        began = time.perf_counter()
+        with peak if step == 0 else nullcontext():  # looking costs time: that step is not timed
+            for _ in range(cfg.micro_batches):
+                optimizer.backward(loss(optimizer.model))
+            rest = optimizer.live_bytes()
+            optimizer.step(1e-3)
+        seconds.append(time.perf_counter() - began)
+    milliseconds = 1e3 * statistics.median(seconds[1:])
+    times = f"{milliseconds:>10.1f}{peak_memory(device):>16,}"
+    return rest, peak.most | {"sent/step": SENT["bytes"]}, times
 
 
 def main(model):
-    show = functools.partial(show_plan, presets=model.PRESETS, build=model.CausalLM)
-    real = functools.partial(measure, presets=model.PRESETS, build=model.CausalLM,
-                             logprobs=model.token_logprobs)
-    commands = {"plan": (show, PlanConfig), "measure": (real, MeasureConfig)}
-    if sys.argv[1:2] not in [[name] for name in commands]:
+    """`zero.py plan` and `zero.py measure`; model: the module, which only the program imports."""
+    commands = {"plan": (show_plan, PlanConfig), "measure": (measure, MeasureConfig)}
+    name = sys.argv.pop(1) if sys.argv[1:] else ""
+    if name not in commands:
         raise SystemExit(f"{__doc__}\n{sys.argv[0]}: say {' or '.join(commands)}")
-    launch(*commands[sys.argv.pop(1)])
+    command, Config = commands[name]
+    launch(lambda cfg: command(cfg, model), Config)
 
 
 if __name__ == "__main__":

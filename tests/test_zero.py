@@ -26,6 +26,7 @@ import torch
 import torch.distributed as dist
 
 import model
+import peak
 import zero as z
 from model import (IGNORE, PRESETS, CausalLM, ModelConfig, generate, load_model, save_model,
                    token_logprobs)
@@ -194,16 +195,16 @@ def observe(rank, stage, kind, overlap):
         seen["gathered"] = max(seen["gathered"], len(whole))
         seen["buckets"] = max(seen["buckets"], sum(u.bucket is not None for u in opt.units))
 
-    prefetch, reduce, peak = z.Unit.prefetch, opt.reduce, z.Peak(opt)
+    prefetch, reduce, most = z.Unit.prefetch, opt.reduce, z.Peak(opt)
     z.Unit.prefetch = lambda unit: (prefetch(unit), look())
     opt.reduce = lambda unit: (look(), reduce(unit))
     SENT["bytes"] = 0
-    with peak:
+    with most:
         for step in range(2):
             opt.backward(-token_logprobs(opt.model, *batch(step)).sum())
             seen["rest"].append(opt.live_bytes())
         opt.step(LR)
-    seen["sent"], seen["peak"] = SENT["bytes"], sum(peak.most.values())
+    seen["sent"], seen["peak"] = SENT["bytes"], sum(most.most.values())
     with torch.no_grad():
         opt.model(batch(0)[0])
     seen["rest"].append(opt.live_bytes())
@@ -222,10 +223,10 @@ def observe(rank, stage, kind, overlap):
 def test_live_bytes_equal_the_plan_with_padding_at_rest_and_at_the_peak(
         ranks, kind, world, overlap):
     units = [-(-n // world) * world for n in (EMBED, BLOCK, BLOCK, NORM)]
-    width, shape = DTYPES[kind].itemsize, z.layers(build(), world)
+    width, shape = DTYPES[kind].itemsize, peak.layers(build(), world)
     for stage in range(4):
         row = z.plan(sum(units), world, kind == "bf16", 2)[stage]
-        above = width * z.buffers(shape, stage, world > 1, overlap)
+        above = width * peak.buffers(shape, stage, world > 1, overlap)
         for seen in ranks(world, observe, stage, kind, overlap):
             for live in seen["rest"]:
                 expected = ("parameters", "gradients", "optimizer", "host")
@@ -251,14 +252,19 @@ def measured(rank, flags):
 def test_measure_prints_a_real_model_in_every_stage_equal_to_the_plan(ranks, world, flags):
     out = ranks(world, measured, f"--steps 1 --rows 1 --context 64 {flags}")[0].splitlines()
     plain, recomputed = (int(line.split()[3].replace(",", "")) for line in out[1:3])
-    model, width = ("small", 4) if "small" in flags else ("tiny", 2)
-    logits = 64 * PRESETS[model].vocab_size * width  # the head keeps them either way
+    name, width = ("small", 4) if "small" in flags else ("tiny", 2)
+    logits = 64 * PRESETS[name].vocab_size * width  # the head keeps them either way
     assert 0 < 5 * (recomputed - logits) < plain - logits
+    overlap, receiving = "--no-overlap" not in flags, True
+    shape = peak.layers(CausalLM(PRESETS[name]), world)
     for stage in range(4):
-        peak, plan = ([line.split()[2:] for line in out if line.startswith(f"{stage:>4}{what:>8}")]
-                      for what in ("peak", "plan"))
-        assert peak[0][:6] == plan[0] and len(plan[0]) == 6  # five kinds, and what is sent
-        assert float(peak[0][6]) > 0 and int(peak[0][7].replace(",", "")) > 1e8
+        rest, most, plan = ([cell.replace(",", "") for cell in line.split()[-n:]]
+                            for what, n in (("at rest", 5), ("peak", 8), ("plan", 5))
+                            for line in out if line.startswith(f"{stage:>4}{what:>8}"))
+        assert rest[3] == "0" and rest[:3] + rest[4:] == plan[:4]  # three kinds, and the host
+        assert most[:3] == plan[:3] and most[4:6] == plan[3:]  # what is sent as well
+        assert int(most[3]) == width * peak.buffers(shape, stage, receiving, overlap)
+        assert float(most[6]) > 0 and int(most[7]) > 1e8
 
 
 def test_saved_bytes_are_the_tensors_that_backward_needs(alone):
@@ -299,12 +305,12 @@ def test_bytes_sent_follow_the_formula_and_the_kernel_agrees(
         ranks, world, k, changes, checkpointing):
     embed, block, norm = (-(-n // world) * world for n in (EMBED, BLOCK, NORM))
     size, f = embed * (2 if changes else 1) + 2 * block + norm, (world - 1) / world
-    shape = z.layers(CausalLM(ModelConfig(**SHAPE | changes)), world)
+    once = z.gathered_once(CausalLM(ModelConfig(**SHAPE | changes)), world)
     for stage in range(4):
         expected = 4 * size * f * (2, 2, k + 1, 3 * k)[stage]
         if stage == 3 and changes:  # untied: embedding and head are gathered once
             expected -= k * 4 * 2 * embed * f
-        assert z.plan_layers(shape, world, False, k, True)[stage]["sent"] == expected
+        assert z.plan(size, world, False, k, once=once)[stage]["sent"] == expected
         for counted, kernel in ranks(world, traffic, stage, k, changes, checkpointing):
             assert counted == expected, stage
             assert counted < kernel < 1.2 * counted + 4000  # gloo's headers; its messages are small
@@ -528,26 +534,26 @@ def test_rlhf_of_7b_parameters_needs_four_gpus_of_80_gb():
 
 
 def test_buffers_are_those_of_the_worst_moment_of_the_backward_pass():
-    tied = z.layers(build(), 3)
+    tied = peak.layers(build(), 3)
     padded = [-(-n // 3) * 3 for n in (EMBED, BLOCK, BLOCK, NORM, EMBED)]
     assert [size for _, size in tied] == padded and tied[0] == tied[-1]
     untied = [("embed", 7), ("0", 10), ("1", 11), ("norm", 1), ("head", 20)]
     # gathered + bucket + (bucket and what it receives of the layer before, or what it receives)
-    assert z.buffers(untied, 3, 0, overlap=False) == 20 + 20
-    assert z.buffers(untied, 3, 1, overlap=False) == 20 + 20 + 20
-    assert z.buffers(untied, 3, 1) == (20 + 1) + 20 + 20  # the norm is prefetched
-    assert z.buffers(untied[:-1], 3, 1) == (11 + 10) + 11 + 11
-    assert z.buffers(untied[:-1], 3, 0) == (11 + 10) + 11 + 1
-    assert z.buffers(untied[:2], 3, 0) == 10 + 7 + 10  # behind 0 nothing is prefetched
-    assert z.buffers(tied, 3, 0, overlap=False) == padded[1] + max(padded[:2])
-    assert z.buffers(untied, 2, 1) == 1 + 40 and z.buffers(untied[:3], 2, 1) == 10 + 11 + 11
-    assert z.buffers(untied[:3], 2, 0, overlap=False) == 11
-    assert z.buffers(untied, 1, 1) == 20 and z.buffers(untied, 0, 0) == 0
+    assert peak.buffers(untied, 3, 0, overlap=False) == 20 + 20
+    assert peak.buffers(untied, 3, 1, overlap=False) == 20 + 20 + 20
+    assert peak.buffers(untied, 3, 1) == (20 + 1) + 20 + 20  # the norm is prefetched
+    assert peak.buffers(untied[:-1], 3, 1) == (11 + 10) + 11 + 11
+    assert peak.buffers(untied[:-1], 3, 0) == (11 + 10) + 11 + 1
+    assert peak.buffers(untied[:2], 3, 0) == 10 + 7 + 10  # behind 0 nothing is prefetched
+    assert peak.buffers(tied, 3, 0, overlap=False) == padded[1] + max(padded[:2])
+    assert peak.buffers(untied, 2, 1) == 1 + 40 and peak.buffers(untied[:3], 2, 1) == 10 + 11 + 11
+    assert peak.buffers(untied[:3], 2, 0, overlap=False) == 11
+    assert peak.buffers(untied, 1, 1) == 20 and peak.buffers(untied, 0, 0) == 0
 
 
 @pytest.mark.parametrize("flags, said", [
     ("--params 7.5e9 --world-size 64", ["120", "31.41", "16.64", "1.875", "0.2953"]),
-    ("--model llama-65b --world-size 8 --bandwidth 25", ["65,285,660,672", "peak", "783.4"]),
+    ("--model llama-65b --world-size 8 --bandwidth 25", ["65,285,660,672", "683.7", "783.4"]),
     ("--params 7e9 --world-size 4 --rlhf", ["PPO", "252", "63"])])
 def test_the_plan_is_printed_for_a_size_or_a_model_of_the_documents(
         monkeypatch, capsys, flags, said):
@@ -555,6 +561,14 @@ def test_the_plan_is_printed_for_a_size_or_a_model_of_the_documents(
     z.main(model)
     words = capsys.readouterr().out.split()
     assert all(word in words for word in said)
+
+
+def test_the_peak_is_printed_for_a_model_of_the_documents(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["peak.py", "--model", "llama-65b", "--world-size", "8"])
+    peak.main()
+    words = capsys.readouterr().out.split()
+    for rest, most in (("1045", "1045"), ("359.1", "365.5"), ("130.6", "143.5"), ("130.6", "137")):
+        assert (rest, most) in zip(words, words[1:])
 
 
 def test_a_wrong_command_or_model_is_named(monkeypatch):
