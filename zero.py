@@ -158,70 +158,71 @@ class Unit:
     this rank's slice [lo, hi).
     """
 
-    def __init__(self, name, parameters, stage, dtype, device, offload):
+    def __init__(self, name, parameters, sharded):
+        dtype, device, offload = sharded.dtype, sharded.device, sharded.offload
         rank, world = dist.get_rank(), dist.get_world_size()
-        self.name, self.stage = name, stage
+        self.name, self.split_params = name, sharded.split_params
         self.parameters = sorted(parameters, key=lambda p: p.dim() < 2)
         self.trainable = parameters[0].requires_grad
         self.decayed = sum(p.numel() for p in parameters if p.dim() >= 2)
         self.numel = sum(p.numel() for p in parameters)
         padded = round_up(self.numel, world)
-        first, parts = (0, 1) if stage == 0 else (rank, world)
+        first, parts = (rank, world) if sharded.split_state else (0, 1)
         self.lo, self.hi = first * padded // parts, (first + 1) * padded // parts
-        exact = torch.zeros(padded, dtype=parameters[0].dtype, device=device)
+        initial = torch.zeros(padded, dtype=parameters[0].dtype, device=device)
         self.flat = torch.empty(padded, dtype=dtype, device=device)
         self.places, self.views, start = {}, {}, 0  # of each parameter in the buffer
         for p in self.parameters:
             self.places[p] = slice(start, start + p.numel())
             self.views[p] = self.flat[self.places[p]].view(p.shape)
-            exact[self.places[p]] = p.data.flatten()
+            initial[self.places[p]] = p.data.flatten()
             p.data = self.views[p]
             start += p.numel()
-        dist.broadcast(exact, 0)  # ranks may have started from different weights
-        self.flat.copy_(exact)
+        dist.broadcast(initial, 0)  # ranks may have started from different weights
+        self.flat.copy_(initial)
         # Stage 3 keeps a shard and frees the buffer; before, the shard is a slice of the buffer.
         part = self.flat[self.lo : self.hi]
-        self.shard = part.clone() if stage == 3 else part
-        self.absent = torch.tensor(float("nan"), dtype=dtype, device=device)
-        self.present, self.coming = True, None
+        self.shard = part.clone() if sharded.split_params else part
+        self.hole = torch.tensor(float("nan"), dtype=dtype, device=device)
+        self.present, self.filling = True, None
         self.grad = self.bucket = self.received = None
         if not self.trainable:
             return
         # 16-bit weights lose updates below 1/256 of themselves: Adam works on an fp32 master copy.
-        self.master, exact = self.shard, exact[self.lo : self.hi]
+        self.master, initial = self.shard, initial[self.lo : self.hi]
         if dtype.itemsize == 2 or offload:
             wide = torch.float32 if dtype.itemsize == 2 else dtype
-            self.master = exact.to("cpu" if offload else device, wide, copy=True)
+            self.master = initial.to("cpu" if offload else device, wide, copy=True)
         self.exp_avg = torch.zeros_like(self.master)
         self.exp_avg_sq = torch.zeros_like(self.master)
         # The gradient at rest: whole in stages 0 and 1, this rank's slice in stages 2 and 3.
-        self.grad = torch.zeros_like(self.flat if stage < 2 else self.shard)
+        self.grad = torch.zeros_like(self.shard if sharded.split_grads else self.flat)
         self.arrived = 0
 
     def prefetch(self):
         """Stage 3: starts to collect all shards in the buffer."""
-        if not self.present and self.coming is None:
+        if not self.present and self.filling is None:
             self.flat.untyped_storage().resize_(self.flat.nbytes)
-            self.coming = all_gather(self.flat, self.shard)
+            self.filling = all_gather(self.flat, self.shard)
 
     def gather(self):
         """Stage 3: the whole parameters, for as long as the layer computes."""
         self.prefetch()
         if not self.present:
-            wait(self.coming)
+            wait(self.filling)
             for p, view in self.views.items():
                 p.data = view
-            self.present, self.coming = True, None
+            self.present, self.filling = True, None
 
     def release(self):
         """Stage 3: frees the buffer, also under the views that autograd saved: gathering refills
         them. What is left has the right shape and no memory, and makes a loss that uses it NaN."""
-        if self.stage == 3 and (self.present or self.coming is not None):
-            wait(self.coming or [])
+        if self.split_params and (self.present or self.filling is not None):
+            wait(self.filling or [])
             for p in self.parameters:
-                p.data = self.absent.expand(p.shape)
+                p.data = self.hole.expand(p.shape)
             self.flat.untyped_storage().resize_(0)
-            self.present, self.coming = False, None
+            self.present, self.filling = False, None
 
 
 def round_up(n, multiple) -> int:
@@ -259,47 +260,52 @@ class Sharded:
 
     def __init__(self, model, stage=0, dtype=None, device=None, overlap=True, offload=False):
         first = next(model.parameters())
-        self.model, self.stage, self.overlap, self.offload = model, stage, overlap, offload
+        self.model, self.overlap, self.offload = model, overlap, offload
+        self.split_state = stage >= 1  # P_os in the paper
+        self.split_grads = stage >= 2  # P_g
+        self.split_params = stage >= 3  # P_p
         self.dtype, self.device = dtype or first.dtype, device or first.device
-        self.units, self.owner, self.holding = [], {}, 0
-        self.order, self.way = [], 1  # each layer's units in the order of forward; -1: backward
+        self.units, self.owner, self.keep_all = [], {}, 0
+        self.layers = []  # each layer's units in the order of forward
+        self.direction = 1  # -1: backward
         for module, path, parameters in list(named_units(model)):
             for trainable, suffix in ((True, ""), (False, " (frozen)")):
                 # a tied weight belongs to the layer that names it first
                 new = [p for p in parameters
                        if p not in self.owner and p.requires_grad == trainable]
                 if new:
-                    unit = Unit(path + suffix, new, stage, self.dtype, self.device, offload)
+                    unit = Unit(path + suffix, new, self)
                     unit.release()
                     self.units.append(unit)
                     self.owner |= dict.fromkeys(new, unit)
-            if stage == 3:
-                i = len(self.order)
-                self.order.append(list(dict.fromkeys(self.owner[p] for p in parameters)))
-                module.register_forward_pre_hook(lambda m, args, i=i: self.use(i))
-                module.register_forward_hook(lambda m, args, out, i=i: self.used(m, i, out))
+            if self.split_params:
+                i = len(self.layers)
+                self.layers.append(list(dict.fromkeys(self.owner[p] for p in parameters)))
+                module.register_forward_pre_hook(lambda m, args, i=i: self.enter(i))
+                module.register_forward_hook(lambda m, args, out, i=i: self.leave(m, i, out))
 
-    def use(self, i):
+    def enter(self, i):
         """Gathers the units of layer i and starts to gather the next one's; frees all others."""
-        then, first = i + self.way, 0 if self.way > 0 else 1  # embedding: backward reads no weight
-        ahead = self.order[then] if self.overlap and first <= then < len(self.order) else []
-        self.release([*self.order[i], *ahead])
-        for unit in self.order[i]:
+        then = i + self.direction
+        first = 0 if self.direction > 0 else 1  # the embedding's backward reads no weight
+        ahead = self.layers[then] if self.overlap and first <= then < len(self.layers) else []
+        self.release([*self.layers[i], *ahead])
+        for unit in self.layers[i]:
             unit.gather()
         for unit in ahead:
             unit.prefetch()
 
-    def used(self, module, i, output):
+    def leave(self, module, i, output):
         """After a layer's forward: freed with the next layer, also on the way back."""
         if not output.requires_grad:
-            if i + 1 == len(self.order):
+            if i + 1 == len(self.layers):
                 self.release()
         elif not isinstance(module, nn.Embedding):
-            output.register_hook(lambda grad: self.use(i))
+            output.register_hook(lambda grad: self.enter(i))
 
     def release(self, needed=()):
         """Stage 3: frees every gathered unit that is not needed."""
-        if not self.holding:
+        if not self.keep_all:
             for unit in self.units:
                 if unit not in needed:
                     unit.release()
@@ -307,13 +313,13 @@ class Sharded:
     @contextmanager
     def gathered(self):
         """All parameters for a while: one gather per rollout, not one per token. Collective."""
-        self.holding += 1
+        self.keep_all += 1
         try:
             for unit in self.units:
                 unit.gather()
             yield
         finally:
-            self.holding -= 1
+            self.keep_all -= 1
             self.release()
 
     def full_parameters(self):
@@ -328,7 +334,7 @@ class Sharded:
     def live_bytes(self) -> dict[str, int]:
         """Bytes of this rank's live tensors by kind, counted on the storages themselves. Buffers
         are gathered parameters, buckets and what comes in: at rest there are none."""
-        trained, whole = [u for u in self.units if u.trainable], self.stage < 3
+        trained, whole = [u for u in self.units if u.trainable], not self.split_params
         kinds = {"parameters": [u.flat if whole else u.shard for u in self.units],
                  "gradients": [u.grad for u in trained],
                  "optimizer": [], "host": [],
@@ -389,8 +395,8 @@ class AdamW(Sharded):
         # offload: what travels between GPU and host passes through memory that cannot be paged out
         self.pinned = torch.empty(PIECE["cpu"], dtype=self.dtype, pin_memory=torch.device(
             self.device).type == "cuda") if offload else None
-        self.away = None  # the unit whose gradient is on its way, and its works
-        self.spreading = []  # stage 0: works that send finished sums to all
+        self.in_flight = None  # the unit whose gradient is on its way, and its works
+        self.handing_out = []  # stage 0: works that send finished sums to all
         mine = weakref.proxy(self)  # a hook in C++ that held us would keep us for ever
         # fp16 gradients below 6e-8 vanish: the loss is scaled up, by trial (D4 2.4.2)
         self.scale, self.good = (65536.0 if self.dtype == torch.float16 else 1.0), 0
@@ -401,66 +407,66 @@ class AdamW(Sharded):
     def on_grad(self, p):
         """As soon as autograd has a gradient, it moves into its unit's flat buffer and is freed."""
         unit = self.owner[p]
-        if self.stage >= 2 and unit.bucket is None:
+        if self.split_grads and unit.bucket is None:
             unit.bucket = torch.zeros_like(unit.flat)
-        target = unit.grad if self.stage < 2 else unit.bucket
+        target = unit.bucket if self.split_grads else unit.grad
         target[unit.places[p]].add_(p.grad.flatten())
         unit.arrived, p.grad = unit.arrived + 1, None
-        if self.stage >= 2 and unit.arrived == len(unit.parameters):
-            self.reduce(unit)
+        if self.split_grads and unit.arrived == len(unit.parameters):
+            self.start_sum(unit)
 
-    def reduce(self, unit):
+    def start_sum(self, unit):
         """Starts the sum of a unit's gradient over the ranks. It travels while backward computes
-        the next layer's (ZeRO 2 and 3 call this there); then `finish`, so that one is away."""
-        self.finish()
-        if self.stage >= 2 and unit.bucket is None:
+        the next layer's (ZeRO 2 and 3 call this there); then `finish_sum`, so that one is away."""
+        self.finish_sum()
+        if self.split_grads and unit.bucket is None:
             unit.bucket = torch.zeros_like(unit.flat)
-        works, unit.received = reduce_scatter(unit.grad if self.stage < 2 else unit.bucket)
-        self.away = unit, works
+        works, unit.received = reduce_scatter(unit.bucket if self.split_grads else unit.grad)
+        self.in_flight = unit, works
         if not self.overlap:
-            self.finish()
+            self.finish_sum()
 
-    def finish(self):
+    def finish_sum(self):
         """Waits for the sum that is away. Stages 2 and 3 keep this rank's slice and free the
         bucket; stage 1 has it in place; stage 0 sends it on: the two make an all-reduce."""
-        if self.away is not None:
-            (unit, works), self.away = self.away, None
-            mine = summed(unit.grad if self.stage < 2 else unit.bucket, works, unit.received)
-            if self.stage >= 2:
+        if self.in_flight is not None:
+            (unit, works), self.in_flight = self.in_flight, None
+            mine = summed(unit.bucket if self.split_grads else unit.grad, works, unit.received)
+            if self.split_grads:
                 unit.grad += mine
-            elif self.stage == 0:
-                self.spreading += all_gather(unit.grad, mine)
+            elif not self.split_state:
+                self.handing_out += all_gather(unit.grad, mine)
             unit.bucket = unit.received = None
 
     def backward(self, loss):
         """Adds a micro-batch's gradients. Collective in stages 2 and 3: all ranks call it equally
         often, with losses of the same parameters (an empty micro-batch has weight 0)."""
-        self.way = -1
+        self.direction = -1
         (loss * self.scale).backward()
         for unit in self.trained:
-            if self.stage >= 2 and unit.arrived < len(unit.parameters):
-                self.reduce(unit)  # the loss left a parameter out: its gradient is zero
+            if self.split_grads and unit.arrived < len(unit.parameters):
+                self.start_sum(unit)  # the loss left a parameter out: its gradient is zero
             unit.arrived = 0
-        self.finish()
+        self.finish_sum()
         self.release()
-        self.way = 1
+        self.direction = 1
 
     @torch.no_grad()
     def step(self, lr) -> float:
         """Clips by the global norm, updates, and returns the norm before clipping (inf or nan:
         an fp16 overflow, the step is skipped)."""
-        if self.stage < 2:
+        if not self.split_grads:
             for unit in self.trained:
-                self.reduce(unit)
-            self.finish()
-            wait(self.spreading)
-            self.spreading = []
-        grads = [u.grad[u.lo : u.hi] if self.stage < 2 else u.grad for u in self.trained]
+                self.start_sum(unit)
+            self.finish_sum()
+            wait(self.handing_out)
+            self.handing_out = []
+        grads = [u.grad if self.split_grads else u.grad[u.lo : u.hi] for u in self.trained]
         # each element is counted once: over all ranks' slices, or here where everything is here
         norms = [torch.linalg.vector_norm(grad[part], dtype=torch.float64)
                  for grad in grads for part in pieces(grad)]
         square = torch.stack(norms).square().sum()
-        if self.stage > 0:
+        if self.split_state:
             dist.all_reduce(square)
         norm = square.sqrt().item() / self.scale
         if math.isfinite(norm):
@@ -488,7 +494,7 @@ class AdamW(Sharded):
         for unit in self.trained:
             for part in pieces(unit.master) if unit.master is not unit.shard else ():
                 unit.shard[part].copy_(self.staged(unit.master[part]))
-            if self.stage in (1, 2) or self.stage == 3 and unit.present:
+            if self.split_state and unit.present:
                 works += all_gather(unit.flat, unit.shard)
         wait(works)
 
@@ -1185,7 +1191,8 @@ def measure(cfg, model):
     once = gathered_once(net, world)
     plans = plan(size, world, dtype.itemsize == 2, cfg.micro_batches, cfg.offload, once)
     print0(f"{config}\nbytes on rank 0, at rest and at the peak of a step, measured and planned")
-    print0(f"{'stage':>12}", *(f"{c:>14}" for c in COLUMNS), f"{'ms/step':>10}{'memory':>16}", sep="")
+    names = "".join(f"{name:>14}" for name in COLUMNS)
+    print0(f"{'stage':>12}{names}{'ms/step':>10}{'memory':>16}")
     for stage in range(4):
         optimizer = build(stage)
         rest, peak, times = train_stage(optimizer, loss, cfg, device)

@@ -195,9 +195,9 @@ def observe(rank, stage, kind, overlap):
         seen["gathered"] = max(seen["gathered"], len(whole))
         seen["buckets"] = max(seen["buckets"], sum(u.bucket is not None for u in opt.units))
 
-    prefetch, reduce, most = z.Unit.prefetch, opt.reduce, z.Peak(opt)
+    prefetch, start_sum, most = z.Unit.prefetch, opt.start_sum, z.Peak(opt)
     z.Unit.prefetch = lambda unit: (prefetch(unit), look())
-    opt.reduce = lambda unit: (look(), reduce(unit))
+    opt.start_sum = lambda unit: (look(), start_sum(unit))
     SENT["bytes"] = 0
     with most:
         for step in range(2):
@@ -209,7 +209,7 @@ def observe(rank, stage, kind, overlap):
         opt.model(batch(0)[0])
     seen["rest"].append(opt.live_bytes())
     parameters = list(opt.model.parameters())
-    seen["absent"] = all(p.isnan().all() and p.untyped_storage().nbytes() <= 8 for p in parameters)
+    seen["holes"] = all(p.isnan().all() and p.untyped_storage().nbytes() <= 8 for p in parameters)
     seen["shapes"] = [p.shape for p in parameters] == [p.shape for p in build().parameters()]
     training, seen["gathered"] = seen["gathered"], 0
     for _ in opt.full_parameters():
@@ -231,7 +231,7 @@ def test_live_bytes_equal_the_plan_with_padding_at_rest_and_at_the_peak(
             for live in seen["rest"]:
                 expected = ("parameters", "gradients", "optimizer", "host")
                 assert live == {k: row[k] for k in expected} | {"buffers": 0}, stage
-            assert seen["absent"] == (stage == 3) and seen["shapes"]
+            assert seen["holes"] == (stage == 3) and seen["shapes"]
             assert seen["gathered"] == (4 if stage < 3 else 1 + overlap)  # one layer and the next
             assert seen["buckets"] == (0 if stage < 2 else 1 + overlap)
             assert seen["for saving"] == (4 if stage < 3 else 1)
