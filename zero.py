@@ -102,16 +102,21 @@ def rlhf(parameters, world) -> list[dict]:
 SENT = {"bytes": 0}  # what this rank sent through reduce_scatter and all_gather
 
 
+def own_slice(full):
+    """Rank r's slice of a buffer of N equal slices: the r-th."""
+    return full.chunk(dist.get_world_size())[dist.get_rank()]
+
+
 def reduce_scatter(full):
     """Starts the sum over N ranks of a buffer of N equal slices; `summed` ends it. Sends (N-1)/N of
     the buffer. Returns (works to wait for, memory that the other ranks' slices come into)."""
-    world, rank = dist.get_world_size(), dist.get_rank()
+    world = dist.get_world_size()
     SENT["bytes"] += full.nbytes * (world - 1) // world
     if world == 1:
         return [], None
     if full.is_cuda:
-        return [dist.reduce_scatter_single(full.chunk(world)[rank], full, async_op=True)], None
-    # gloo's reduce_scatter is an all_reduce, twice the bytes: exchange the slices and add them here
+        return [dist.reduce_scatter_single(own_slice(full), full, async_op=True)], None
+    # gloo's reduce_scatter is an all_reduce, twice the bytes: exchange the slices, add them later
     received = torch.empty_like(full)
     return [dist.all_to_all_single(received, full, async_op=True)], received
 
@@ -119,26 +124,29 @@ def reduce_scatter(full):
 def summed(full, works, received):
     """Waits for reduce_scatter(full): rank r's slice of the sum; it stands in slice r of full."""
     wait(works)
-    mine = full.chunk(dist.get_world_size())[dist.get_rank()]
+    total = own_slice(full)
     if received is not None:  # slice by slice: torch.sum takes ten times as long in bf16
         first, *others = received.chunk(dist.get_world_size())
-        mine.copy_(first)
+        total.copy_(first)
         for part in others:
-            mine.add_(part)
-    return mine
+            total.add_(part)
+    return total
 
 
 def all_gather(full, shard):
-    """Starts to fill a buffer of N equal slices with every rank's shard. Sends (N-1)/N of it."""
-    world, rank = dist.get_world_size(), dist.get_rank()
+    """Starts to fill a buffer of N equal slices with every rank's shard. Sends (N-1)/N of it.
+    Returns the works to wait for."""
+    world = dist.get_world_size()
     SENT["bytes"] += full.nbytes * (world - 1) // world
     if full.is_cuda:
         return [dist.all_gather_single(full, shard, async_op=True)]
-    slices = full.chunk(world)
-    if slices[rank].data_ptr() != shard.data_ptr():
-        slices[rank].copy_(shard)
+    own = own_slice(full)
+    if own.data_ptr() != shard.data_ptr():
+        own.copy_(shard)
+    if world == 1:
+        return []
     # gloo's all_gather copies through a second buffer: each rank sends straight into its place
-    return [dist.broadcast(part, r, async_op=True) for r, part in enumerate(slices) if world > 1]
+    return [dist.broadcast(part, r, async_op=True) for r, part in enumerate(full.chunk(world))]
 
 
 def wait(works):
@@ -150,54 +158,95 @@ def wait(works):
 # ==== sharding
 
 
+def round_up(n, multiple) -> int:
+    """The smallest multiple that is not below n."""
+    return -(-n // multiple) * multiple
+
+
 class Unit:
     """Parameters that travel together (a block, or another layer), as views of one flat buffer.
 
-    The buffer is padded to a multiple of the world size, so all shards are equal. Weights that
-    decay stand first: then weight decay is a prefix of the shard, and no mask is kept. `shard` is
-    this rank's slice [lo, hi).
+    The buffer is padded to a multiple of the world size, so all ranks' slices are equal. Weights
+    that decay stand first: weight decay is then a prefix of the slice, and no mask is kept.
+
+    name, trainable   path in the model; False: frozen, and nothing of grad, arrived, Adam's below
+    numel, decayed    elements without the padding; those of them, at the front, that decay
+    places            {parameter: its place in the buffer, a slice}
+    lo, hi            the part [lo, hi) that this rank's Adam updates; in stage 0 it is everything
+    flat, shard       the whole weights; that part of them, in stages 0-2 a view of flat
+    present, filling  whether flat is there; the works that are filling it (stage 3)
+    hole              what a parameter is while flat is not there
+    bucket, grad      the whole gradient; that part of it, in stages 0 and 1 a view of the bucket
+    arrived           number of parameters whose gradient is in the bucket (this micro-batch)
+    received          other ranks' slices of a gradient that is being summed
+    master, exp_avg, exp_avg_sq   what Adam works on: that part in fp32, and its two moments
     """
 
     def __init__(self, name, parameters, sharded):
-        dtype, device, offload = sharded.dtype, sharded.device, sharded.offload
-        rank, world = dist.get_rank(), dist.get_world_size()
-        self.name, self.split_params = name, sharded.split_params
-        self.parameters = sorted(parameters, key=lambda p: p.dim() < 2)
+        self.name = name
         self.trainable = parameters[0].requires_grad
-        self.decayed = sum(p.numel() for p in parameters if p.dim() >= 2)
-        self.numel = sum(p.numel() for p in parameters)
-        padded = round_up(self.numel, world)
+        initial = self.flatten(parameters, sharded.dtype, sharded.device)
+        rank, world = dist.get_rank(), dist.get_world_size()
         first, parts = (rank, world) if sharded.split_state else (0, 1)
-        self.lo, self.hi = first * padded // parts, (first + 1) * padded // parts
-        initial = torch.zeros(padded, dtype=parameters[0].dtype, device=device)
-        self.flat = torch.empty(padded, dtype=dtype, device=device)
-        self.places, self.views, start = {}, {}, 0  # of each parameter in the buffer
-        for p in self.parameters:
+        part = len(self.flat) // parts
+        self.lo = first * part
+        self.hi = self.lo + part
+        self.shard = self.flat[self.lo : self.hi]
+        if sharded.split_params:
+            self.shard = self.shard.clone()  # outlives the buffer
+        self.present = True
+        self.filling = None
+        # A weight that is used while it is not there shall be noticed: a NaN makes the loss NaN.
+        self.hole = torch.tensor(math.nan, dtype=sharded.dtype, device=sharded.device)
+        self.grad = self.bucket = self.received = None
+        self.arrived = 0
+        if self.trainable:
+            self.add_state(initial[self.lo : self.hi], sharded)
+
+    def flatten(self, parameters, dtype, device):
+        """Moves the parameters into the buffer. Returns it as it was before rounding to dtype."""
+        parameters = sorted(parameters, key=lambda p: p.dim() < 2)
+        self.numel = sum(p.numel() for p in parameters)
+        self.decayed = sum(p.numel() for p in parameters if p.dim() >= 2)
+        size = round_up(self.numel, dist.get_world_size())
+        initial = torch.zeros(size, dtype=parameters[0].dtype, device=device)
+        self.places = {}
+        start = 0
+        for p in parameters:
             self.places[p] = slice(start, start + p.numel())
-            self.views[p] = self.flat[self.places[p]].view(p.shape)
             initial[self.places[p]] = p.data.flatten()
-            p.data = self.views[p]
             start += p.numel()
         dist.broadcast(initial, 0)  # ranks may have started from different weights
-        self.flat.copy_(initial)
-        # Stage 3 keeps a shard and frees the buffer; before, the shard is a slice of the buffer.
-        part = self.flat[self.lo : self.hi]
-        self.shard = part.clone() if sharded.split_params else part
-        self.hole = torch.tensor(float("nan"), dtype=dtype, device=device)
-        self.present, self.filling = True, None
-        self.grad = self.bucket = self.received = None
-        if not self.trainable:
-            return
-        # 16-bit weights lose updates below 1/256 of themselves: Adam works on an fp32 master copy.
-        self.master, initial = self.shard, initial[self.lo : self.hi]
-        if dtype.itemsize == 2 or offload:
-            wide = torch.float32 if dtype.itemsize == 2 else dtype
-            self.master = initial.to("cpu" if offload else device, wide, copy=True)
+        self.flat = initial.to(dtype, copy=True)
+        self.show()
+        return initial
+
+    def add_state(self, initial, sharded):
+        """Gradient and Adam's state, all zero; initial: this rank's part of the weights."""
+        sixteen_bit = sharded.dtype.itemsize == 2
+        self.master = self.shard
+        if sixteen_bit or sharded.offload:
+            # 16-bit weights lose updates below 1/256 of themselves: Adam works on an fp32 copy.
+            wide = torch.float32 if sixteen_bit else sharded.dtype
+            self.master = initial.to("cpu" if sharded.offload else sharded.device, wide, copy=True)
         self.exp_avg = torch.zeros_like(self.master)
         self.exp_avg_sq = torch.zeros_like(self.master)
-        # The gradient at rest: whole in stages 0 and 1, this rank's slice in stages 2 and 3.
-        self.grad = torch.zeros_like(self.shard if sharded.split_grads else self.flat)
-        self.arrived = 0
+        if sharded.split_grads:
+            self.grad = torch.zeros_like(self.shard)
+        else:
+            self.bucket = torch.zeros_like(self.flat)
+            self.grad = self.bucket[self.lo : self.hi]
+
+    def open_bucket(self):
+        """The bucket; in stages 2 and 3 there is none until a gradient arrives."""
+        if self.bucket is None:
+            self.bucket = torch.zeros_like(self.flat)
+        return self.bucket
+
+    def show(self):
+        """Makes the parameters views of the buffer."""
+        for p, place in self.places.items():
+            p.data = self.flat[place].view(p.shape)
 
     def prefetch(self):
         """Stage 3: starts to collect all shards in the buffer."""
@@ -210,35 +259,23 @@ class Unit:
         self.prefetch()
         if not self.present:
             wait(self.filling)
-            for p, view in self.views.items():
-                p.data = view
-            self.present, self.filling = True, None
+            self.show()
+            self.present = True
+            self.filling = None
 
     def release(self):
-        """Stage 3: frees the buffer, also under the views that autograd saved: gathering refills
-        them. What is left has the right shape and no memory, and makes a loss that uses it NaN."""
-        if self.split_params and (self.present or self.filling is not None):
-            wait(self.filling or [])
-            for p in self.parameters:
-                p.data = self.hole.expand(p.shape)
-            self.flat.untyped_storage().resize_(0)
-            self.present, self.filling = False, None
-
-
-def round_up(n, multiple) -> int:
-    """The smallest multiple that is not below n."""
-    return -(-n // multiple) * multiple
-
-
-def gathered_once(model, world) -> int:
-    """Elements, padded, that stage 3 gathers once per micro-batch instead of twice: the first layer
-    (the embedding's backward reads no weight) and the last (still there when backward begins). A
-    tied matrix is both, and so comes twice after all."""
-    layers = [parameters for _, _, parameters in named_units(model)]
-    first, last = layers[0], layers[-1]
-    if first[0] is last[0]:
-        return 0
-    return sum(round_up(sum(p.numel() for p in layer), world) for layer in (first, last))
+        """Stage 3: frees the buffer."""
+        if not self.present and self.filling is None:
+            return
+        wait(self.filling or [])
+        for p in self.places:
+            p.data = self.hole.expand(p.shape)  # the right shape, and no memory
+        # Dropping the tensor would free nothing: autograd saved views of it for the backward pass,
+        # and they hold its memory. So that is taken away under them; the gather before the layer's
+        # backward puts it back, and the views see the weights again.
+        self.flat.untyped_storage().resize_(0)
+        self.present = False
+        self.filling = None
 
 
 def named_units(module, path="", whole=False):
@@ -253,6 +290,17 @@ def named_units(module, path="", whole=False):
             yield from named_units(child, f"{path}.{name}".lstrip("."), within)
 
 
+def gathered_once(model, world) -> int:
+    """Elements, padded, that stage 3 gathers once per micro-batch instead of twice: the first layer
+    (the embedding's backward reads no weight) and the last (still there when backward begins). A
+    tied matrix is both, and so comes twice after all."""
+    layers = [parameters for _, _, parameters in named_units(model)]
+    first, last = layers[0], layers[-1]
+    if first[0] is last[0]:
+        return 0
+    return sum(round_up(sum(p.numel() for p in layer), world) for layer in (first, last))
+
+
 class Sharded:
     """A model whose parameters live in flat units, in stage 3 gathered while their layer computes.
     By itself it serves frozen models (PPO's reference and reward model): no gradients, no Adam.
@@ -260,35 +308,51 @@ class Sharded:
 
     def __init__(self, model, stage=0, dtype=None, device=None, overlap=True, offload=False):
         first = next(model.parameters())
-        self.model, self.overlap, self.offload = model, overlap, offload
-        self.split_state = stage >= 1  # P_os in the paper
+        self.model = model
+        self.dtype = dtype or first.dtype
+        self.device = device or first.device
+        self.overlap = overlap
+        self.offload = offload
+        self.split_state = stage >= 1  # the paper's P_os
         self.split_grads = stage >= 2  # P_g
         self.split_params = stage >= 3  # P_p
-        self.dtype, self.device = dtype or first.dtype, device or first.device
-        self.units, self.owner, self.keep_all = [], {}, 0
-        self.layers = []  # each layer's units in the order of forward
-        self.direction = 1  # -1: backward
+        self.units = []
+        self.owner = {}  # parameter: its unit
+        self.layers = []  # stage 3: each layer's units in the order of forward
+        self.direction = 1  # forward; -1: backward
+        self.kept = 0  # how many `gathered` are open: then nothing is released
         for module, path, parameters in list(named_units(model)):
-            for trainable, suffix in ((True, ""), (False, " (frozen)")):
-                # a tied weight belongs to the layer that names it first
-                new = [p for p in parameters
-                       if p not in self.owner and p.requires_grad == trainable]
-                if new:
-                    unit = Unit(path + suffix, new, self)
-                    unit.release()
-                    self.units.append(unit)
-                    self.owner |= dict.fromkeys(new, unit)
+            # a tied weight belongs to the layer that names it first
+            new = [p for p in parameters if p not in self.owner]
+            self.add_unit(path, [p for p in new if p.requires_grad])
+            self.add_unit(f"{path} (frozen)", [p for p in new if not p.requires_grad])
             if self.split_params:
-                i = len(self.layers)
-                self.layers.append(list(dict.fromkeys(self.owner[p] for p in parameters)))
-                module.register_forward_pre_hook(lambda m, args, i=i: self.enter(i))
-                module.register_forward_hook(lambda m, args, out, i=i: self.leave(m, i, out))
+                self.watch(module, parameters)
+
+    def add_unit(self, name, parameters):
+        """A unit of these parameters, if there are any."""
+        if parameters:
+            unit = Unit(name, parameters, self)
+            self.units.append(unit)
+            self.owner |= dict.fromkeys(parameters, unit)
+            self.release()
+
+    def watch(self, module, parameters):
+        """Stage 3: this layer's weights come and go with its forward and backward."""
+        i = len(self.layers)
+        units = [self.owner[p] for p in parameters]
+        self.layers.append(list(dict.fromkeys(units)))
+        module.register_forward_pre_hook(lambda module, inputs: self.enter(i))
+        module.register_forward_hook(lambda module, inputs, output: self.leave(module, i, output))
 
     def enter(self, i):
-        """Gathers the units of layer i and starts to gather the next one's; frees all others."""
-        then = i + self.direction
+        """Before layer i computes, forward or backward: gathers its units, starts to gather the
+        next layer's and frees all others, so that two layers are there at most."""
         first = 0 if self.direction > 0 else 1  # the embedding's backward reads no weight
-        ahead = self.layers[then] if self.overlap and first <= then < len(self.layers) else []
+        following = i + self.direction
+        ahead = []
+        if self.overlap and first <= following < len(self.layers):
+            ahead = self.layers[following]
         self.release([*self.layers[i], *ahead])
         for unit in self.layers[i]:
             unit.gather()
@@ -296,16 +360,19 @@ class Sharded:
             unit.prefetch()
 
     def leave(self, module, i, output):
-        """After a layer's forward: freed with the next layer, also on the way back."""
-        if not output.requires_grad:
+        """After layer i's forward. Its weights stay until the next layer enters."""
+        if not output.requires_grad:  # there will be no backward
             if i + 1 == len(self.layers):
                 self.release()
         elif not isinstance(module, nn.Embedding):
+            # Backward reads the weights again. This hook on the OUTPUT fires when the output's
+            # gradient is there, that is before the layer's own backward; one on its parameters
+            # would fire after. An embedding's backward only adds the gradient up, row by row.
             output.register_hook(lambda grad: self.enter(i))
 
     def release(self, needed=()):
         """Stage 3: frees every gathered unit that is not needed."""
-        if not self.keep_all:
+        if self.split_params and not self.kept:
             for unit in self.units:
                 if unit not in needed:
                     unit.release()
@@ -313,13 +380,13 @@ class Sharded:
     @contextmanager
     def gathered(self):
         """All parameters for a while: one gather per rollout, not one per token. Collective."""
-        self.keep_all += 1
+        self.kept += 1
         try:
             for unit in self.units:
                 unit.gather()
             yield
         finally:
-            self.keep_all -= 1
+            self.kept -= 1
             self.release()
 
     def full_parameters(self):
@@ -334,16 +401,17 @@ class Sharded:
     def live_bytes(self) -> dict[str, int]:
         """Bytes of this rank's live tensors by kind, counted on the storages themselves. Buffers
         are gathered parameters, buckets and what comes in: at rest there are none."""
-        trained, whole = [u for u in self.units if u.trainable], not self.split_params
-        kinds = {"parameters": [u.flat if whole else u.shard for u in self.units],
+        trained = [u for u in self.units if u.trainable]
+        state = [t for u in trained for t in (u.master, u.exp_avg, u.exp_avg_sq)]
+        passing = [t for u in self.units for t in (u.flat, u.bucket, u.received)]
+        kinds = {"parameters": [u.shard for u in self.units],
                  "gradients": [u.grad for u in trained],
-                 "optimizer": [], "host": [],
-                 "buffers": [t for u in self.units for t in (u.flat, u.bucket, u.received)
-                             if t is not None]}
-        kinds["host" if self.offload else "optimizer"] = [
-            t for u in trained for t in (u.master, u.exp_avg, u.exp_avg_sq)]
-        count, seen = {}, set()
-        for kind, tensors in kinds.items():  # an fp32 master is the shard, and counted there
+                 "optimizer": [] if self.offload else state,
+                 "host": state if self.offload else [],
+                 "buffers": [t for t in passing if t is not None]}
+        count = {}
+        seen = set()  # a storage counts once, with the first kind: an fp32 master is the shard
+        for kind, tensors in kinds.items():
             storages = {t.untyped_storage().data_ptr(): t.untyped_storage() for t in tensors}
             count[kind] = sum(s.nbytes() for place, s in storages.items() if place not in seen)
             seen |= set(storages)
@@ -352,24 +420,26 @@ class Sharded:
 
 # ==== the optimizer
 
-
 PIECE = {"cpu": 1 << 18, "cuda": 1 << 24}  # elements; on a CPU a piece stays in the cache
+STATE = ("master", "exp_avg", "exp_avg_sq")  # what Adam keeps of a unit
 
 
 def pieces(flat) -> list[slice]:
     """The slices in which Adam walks through a flat tensor, so that what it needs besides stays
     small, on a CPU in the cache."""
     size = PIECE[flat.device.type]
-    return [slice(i, i + size) for i in range(0, flat.numel(), size)]
+    return [slice(start, start + size) for start in range(0, flat.numel(), size)]
 
 
-def adamw_(weight, grad, exp_avg, exp_avg_sq, t, lr, beta1, beta2, eps, weight_decay, decayed):
-    """One AdamW update in place on flat tensors (Loshchilov & Hutter 2019, algorithm 2); the first
-    `decayed` elements shrink by lr · weight_decay, apart from the gradient (that is the W)."""
+def adamw_(weight, grad, exp_avg, exp_avg_sq, t, lr, betas, eps, weight_decay, decayed):
+    """Step t = 1, 2, … of AdamW in place on flat tensors (Loshchilov & Hutter 2019, algorithm 2);
+    the first `decayed` elements shrink by lr · weight_decay, apart from the gradient: the W."""
+    beta1, beta2 = betas
     weight[:decayed].mul_(1 - lr * weight_decay)
     exp_avg.lerp_(grad, 1 - beta1)
     exp_avg_sq.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
-    scale = exp_avg_sq.sqrt().div_(math.sqrt(1 - beta2**t)).add_(eps)
+    scale = exp_avg_sq.sqrt()
+    scale.div_(math.sqrt(1 - beta2**t)).add_(eps)
     weight.addcdiv_(exp_avg, scale, value=-lr / (1 - beta1**t))
 
 
@@ -380,7 +450,8 @@ def lr_at(step, steps, peak, warmup=0.05, floor=0.1) -> float:
     if step < rise:
         return peak * (step + 1) / rise
     progress = min(1.0, (step - rise) / max(1, steps - rise))
-    return peak * (floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * progress)))
+    cosine = 0.5 * (1 + math.cos(math.pi * progress))  # 1 → 0
+    return peak * (floor + (1 - floor) * cosine)
 
 
 class AdamW(Sharded):
@@ -389,147 +460,170 @@ class AdamW(Sharded):
     def __init__(self, model, stage=0, dtype=None, device=None, betas=(0.9, 0.95), eps=1e-8,
                  weight_decay=0.1, grad_clip=1.0, overlap=True, offload=False):
         super().__init__(model, stage, dtype, device, overlap, offload)
-        self.betas, self.eps = betas, eps
-        self.weight_decay, self.grad_clip = weight_decay, grad_clip
-        self.trained, self.t = [u for u in self.units if u.trainable], 0
-        # offload: what travels between GPU and host passes through memory that cannot be paged out
-        self.pinned = torch.empty(PIECE["cpu"], dtype=self.dtype, pin_memory=torch.device(
-            self.device).type == "cuda") if offload else None
-        self.in_flight = None  # the unit whose gradient is on its way, and its works
-        self.handing_out = []  # stage 0: works that send finished sums to all
-        mine = weakref.proxy(self)  # a hook in C++ that held us would keep us for ever
+        self.betas = betas
+        self.eps = eps
+        self.weight_decay = weight_decay
+        self.grad_clip = grad_clip
+        self.trained = [u for u in self.units if u.trainable]
+        self.t = 0  # steps taken
+        self.in_flight = None  # the unit whose gradient is being summed, and the works
+        self.handing_out = []  # stage 0: works that send finished sums to all ranks
         # fp16 gradients below 6e-8 vanish: the loss is scaled up, by trial (D4 2.4.2)
-        self.scale, self.good = (65536.0 if self.dtype == torch.float16 else 1.0), 0
+        self.scale = 65536.0 if self.dtype == torch.float16 else 1.0
+        self.good = 0  # steps since the last overflow
+        self.pinned = None
+        if offload:  # between GPU and host all passes through memory that is never paged out
+            on_gpu = torch.device(self.device).type == "cuda"
+            self.pinned = torch.empty(PIECE["cpu"], dtype=self.dtype, pin_memory=on_gpu)
+        mine = weakref.proxy(self)  # a hook in C++ that held us would keep us for ever
         for unit in self.trained:
-            for p in unit.parameters:
+            for p in unit.places:
                 p.register_post_accumulate_grad_hook(lambda p: mine.on_grad(p))
-
-    def on_grad(self, p):
-        """As soon as autograd has a gradient, it moves into its unit's flat buffer and is freed."""
-        unit = self.owner[p]
-        if self.split_grads and unit.bucket is None:
-            unit.bucket = torch.zeros_like(unit.flat)
-        target = unit.bucket if self.split_grads else unit.grad
-        target[unit.places[p]].add_(p.grad.flatten())
-        unit.arrived, p.grad = unit.arrived + 1, None
-        if self.split_grads and unit.arrived == len(unit.parameters):
-            self.start_sum(unit)
-
-    def start_sum(self, unit):
-        """Starts the sum of a unit's gradient over the ranks. It travels while backward computes
-        the next layer's (ZeRO 2 and 3 call this there); then `finish_sum`, so that one is away."""
-        self.finish_sum()
-        if self.split_grads and unit.bucket is None:
-            unit.bucket = torch.zeros_like(unit.flat)
-        works, unit.received = reduce_scatter(unit.bucket if self.split_grads else unit.grad)
-        self.in_flight = unit, works
-        if not self.overlap:
-            self.finish_sum()
-
-    def finish_sum(self):
-        """Waits for the sum that is away. Stages 2 and 3 keep this rank's slice and free the
-        bucket; stage 1 has it in place; stage 0 sends it on: the two make an all-reduce."""
-        if self.in_flight is not None:
-            (unit, works), self.in_flight = self.in_flight, None
-            mine = summed(unit.bucket if self.split_grads else unit.grad, works, unit.received)
-            if self.split_grads:
-                unit.grad += mine
-            elif not self.split_state:
-                self.handing_out += all_gather(unit.grad, mine)
-            unit.bucket = unit.received = None
 
     def backward(self, loss):
         """Adds a micro-batch's gradients. Collective in stages 2 and 3: all ranks call it equally
         often, with losses of the same parameters (an empty micro-batch has weight 0)."""
         self.direction = -1
-        (loss * self.scale).backward()
+        (loss * self.scale).backward()  # calls on_grad
         for unit in self.trained:
-            if self.split_grads and unit.arrived < len(unit.parameters):
+            if self.split_grads and unit.arrived < len(unit.places):
                 self.start_sum(unit)  # the loss left a parameter out: its gradient is zero
             unit.arrived = 0
         self.finish_sum()
         self.release()
         self.direction = 1
 
+    def on_grad(self, p):
+        """As soon as autograd has a gradient, it moves into its unit's bucket and is freed."""
+        unit = self.owner[p]
+        unit.open_bucket()[unit.places[p]].add_(p.grad.flatten())
+        p.grad = None
+        unit.arrived += 1
+        if self.split_grads and unit.arrived == len(unit.places):
+            self.start_sum(unit)
+
+    def start_sum(self, unit):
+        """Starts the sum of a unit's bucket over the ranks. In stages 2 and 3 it travels while
+        backward computes the next layer's: at most one bucket is in flight, and one fills."""
+        self.finish_sum()
+        works, unit.received = reduce_scatter(unit.open_bucket())
+        self.in_flight = unit, works
+        if not self.overlap:
+            self.finish_sum()
+
+    def finish_sum(self):
+        """Waits for the sum in flight, if there is one, and keeps this rank's part of it."""
+        if self.in_flight is None:
+            return
+        unit, works = self.in_flight
+        self.in_flight = None
+        total = summed(unit.bucket, works, unit.received)
+        unit.received = None
+        if self.split_grads:
+            unit.grad += total  # over micro-batches
+            unit.bucket = None
+        elif not self.split_state:
+            # Stage 0 needs the whole sum. A reduce-scatter and an all-gather are an all-reduce,
+            # also in bytes: so all four stages add the same numbers in the same order.
+            self.handing_out += all_gather(unit.bucket, total)
+        # stage 1: the sum stands in the bucket, where grad is a view of it
+
     @torch.no_grad()
     def step(self, lr) -> float:
         """Clips by the global norm, updates, and returns the norm before clipping (inf or nan:
         an fp16 overflow, the step is skipped)."""
-        if not self.split_grads:
+        if not self.split_grads:  # else backward did it
             for unit in self.trained:
                 self.start_sum(unit)
             self.finish_sum()
             wait(self.handing_out)
             self.handing_out = []
-        grads = [u.grad if self.split_grads else u.grad[u.lo : u.hi] for u in self.trained]
-        # each element is counted once: over all ranks' slices, or here where everything is here
-        norms = [torch.linalg.vector_norm(grad[part], dtype=torch.float64)
-                 for grad in grads for part in pieces(grad)]
-        square = torch.stack(norms).square().sum()
-        if self.split_state:
-            dist.all_reduce(square)
-        norm = square.sqrt().item() / self.scale
-        if math.isfinite(norm):
+        norm = self.grad_norm()
+        finite = math.isfinite(norm)
+        if finite:
             self.t += 1
-            factor = min(1.0, self.grad_clip / (norm + 1e-6)) / self.scale
-            numbers = self.t, lr, *self.betas, self.eps, self.weight_decay
-            for u, grad in zip(self.trained, grads):
-                for part in pieces(u.master):
-                    state = u.exp_avg[part], u.exp_avg_sq[part]
-                    scaled = self.staged(grad[part]).to(u.master.dtype) * factor
-                    decayed = max(0, u.decayed - u.lo - part.start)
-                    adamw_(u.master[part], scaled, *state, *numbers, decayed)
+            clip = min(1.0, self.grad_clip / (norm + 1e-6))
+            self.update(lr, clip / self.scale)
             self.publish()
         elif self.dtype != torch.float16:
             raise SystemExit(f"step {self.t}: the gradient is not finite; lower --lr, or look at "
                              "the data of this step")
-        self.adjust_scale(math.isfinite(norm))
+        self.adjust_scale(finite)
         for unit in self.trained:
-            unit.grad.zero_()
+            whole = unit.grad if self.split_grads else unit.bucket
+            whole.zero_()
         return norm
+
+    def grad_norm(self) -> float:
+        """The norm of the whole model's gradient, without the scale of fp16."""
+        norms = [torch.linalg.vector_norm(unit.grad[part], dtype=torch.float64)
+                 for unit in self.trained for part in pieces(unit.grad)]
+        square = torch.stack(norms).square().sum()
+        if self.split_state:  # the ranks' parts together are everything, each element once
+            dist.all_reduce(square)
+        return square.sqrt().item() / self.scale
+
+    def update(self, lr, factor):
+        """AdamW on this rank's part of the weights, with factor times its gradient."""
+        for unit in self.trained:
+            for part in pieces(unit.master):
+                grad = self.staged(unit.grad[part]).to(unit.master.dtype) * factor
+                adamw_(unit.master[part], grad, unit.exp_avg[part], unit.exp_avg_sq[part],
+                       self.t, lr, self.betas, self.eps, self.weight_decay,
+                       decayed=max(0, unit.decayed - unit.lo - part.start))
 
     def publish(self):
         """Master weights → weights of the training dtype, wherever they are computed with."""
         works = []
         for unit in self.trained:
-            for part in pieces(unit.master) if unit.master is not unit.shard else ():
-                unit.shard[part].copy_(self.staged(unit.master[part]))
-            if self.split_state and unit.present:
+            if unit.master is not unit.shard:
+                for part in pieces(unit.master):
+                    unit.shard[part].copy_(self.staged(unit.master[part]))
+            if self.split_state and unit.present:  # in stage 3 the next layer's enter() gathers it
                 works += all_gather(unit.flat, unit.shard)
         wait(works)
 
     def staged(self, source):
         """A piece on its way between GPU and host (offload); else the piece itself."""
-        return source if self.pinned is None else self.pinned[: source.numel()].copy_(source)
+        if self.pinned is None:
+            return source
+        return self.pinned[: source.numel()].copy_(source)
 
     def adjust_scale(self, finite):
         """fp16 only: halve the loss scale at an overflow, double it after 1000 good steps."""
-        if self.dtype == torch.float16:
-            self.good = self.good + 1 if finite else 0
-            self.scale *= 0.5 if not finite else 2.0 if self.good % 1000 == 0 else 1.0
+        if self.dtype != torch.float16:
+            return
+        self.good = self.good + 1 if finite else 0
+        if not finite:
+            self.scale *= 0.5
+        elif self.good % 1000 == 0:
+            self.scale *= 2.0
 
     def state(self) -> dict:
         """This rank's part of the training state: tensors, plain numbers, each unit's [lo, hi)."""
         units = {}
-        for u in self.trained:  # cloned: torch.save writes the whole buffer under a slice
-            units[u.name] = {"lo": u.lo, "hi": min(u.hi, u.numel), "master": u.master.clone(),
-                             "exp_avg": u.exp_avg, "exp_avg_sq": u.exp_avg_sq}
+        for unit in self.trained:
+            part = {"lo": unit.lo, "hi": min(unit.hi, unit.numel)}
+            for key in STATE:  # cloned: torch.save writes the whole buffer under a slice
+                part[key] = getattr(unit, key).clone()
+            units[unit.name] = part
         return {"t": self.t, "dtype": str(self.dtype), "scale": self.scale, "good": self.good,
                 "units": units}
 
     @torch.no_grad()
-    def load(self, parts):
-        """parts: the states of all ranks, of any world size and stage; picks what is owned now."""
+    def load(self, states):
+        """states: those of all ranks, of any world size and stage; picks what is owned now."""
         for unit in self.trained:
-            for part in (p["units"][unit.name] for p in parts):
-                lo, hi = max(unit.lo, part["lo"]), min(unit.hi, part["hi"])
+            for part in (state["units"][unit.name] for state in states):
+                lo, hi = max(unit.lo, part["lo"]), min(unit.hi, part["hi"])  # what both hold
                 if lo < hi:
-                    for key in ("master", "exp_avg", "exp_avg_sq"):
+                    for key in STATE:
                         found = part[key][lo - part["lo"] : hi - part["lo"]]
                         getattr(unit, key)[lo - unit.lo : hi - unit.lo] = found
-        self.t = parts[0]["t"]
-        if parts[0]["dtype"] == str(self.dtype):
-            self.scale, self.good = parts[0]["scale"], parts[0]["good"]
+        self.t = states[0]["t"]
+        if states[0]["dtype"] == str(self.dtype):
+            self.scale = states[0]["scale"]
+            self.good = states[0]["good"]
         self.publish()
 
 
@@ -540,11 +634,13 @@ def save_state(folder, optimizers, numbers):
     """Writes folder/step-N/: a file per rank, then the manifest that makes them valid; keeps this
     state and the one before. A kill at any instant leaves one of them whole. Collective."""
     folder = Path(folder)
-    target, rank = folder / f"step-{numbers['step']:08d}", dist.get_rank()
+    rank = dist.get_rank()
+    target = folder / f"step-{numbers['step']:08d}"
     target.mkdir(parents=True, exist_ok=True)
-    path, hashes = target / f"rank-{rank}.pt", [None] * dist.get_world_size()
+    path = target / f"rank-{rank}.pt"
     states = {name: optimizer.state() for name, optimizer in optimizers.items()}
     write_atomically(path, lambda file: torch.save(states, file))
+    hashes = [None] * dist.get_world_size()
     dist.all_gather_object(hashes, file_hash(path))
     if rank == 0:
         content = numbers | {"files": hashes}
@@ -562,28 +658,36 @@ def load_state(folder, optimizers) -> dict:
     chosen = [None]
     if dist.get_rank() == 0:
         for manifest in sorted(Path(folder).glob("step-*/manifest.json"), reverse=True):
-            try:
-                numbers = json.loads(manifest.read_bytes())
-                whole = numbers.pop("check") == keyed_seed(numbers)
-            except (ValueError, KeyError, AttributeError):  # no JSON, or of another form
-                whole = False
-            expected = numbers["files"] if whole else []
-            files = [manifest.with_name(f"rank-{r}.pt") for r in range(len(expected))]
-            bad = [] if whole else [manifest]
-            bad += [file for file, digest in zip(files, expected)
-                    if not file.exists() or file_hash(file) != digest]
-            if not bad:
-                chosen = [(numbers, [str(file) for file in files])]
+            numbers, files, damaged = read_manifest(manifest)
+            if not damaged:
+                chosen = [(numbers, files)]
                 break
-            print(f"{bad[0]} is damaged; going back to the state before it", flush=True)
+            print(f"{damaged} is damaged; going back to the state before it", flush=True)
     dist.broadcast_object_list(chosen, 0)
     if chosen[0] is None:
         return {}
     numbers, files = chosen[0]
-    parts = [torch.load(f, map_location="cpu", weights_only=True, mmap=True) for f in files]
+    states = [torch.load(f, map_location="cpu", weights_only=True, mmap=True) for f in files]
     for name, optimizer in optimizers.items():
-        optimizer.load([part[name] for part in parts])
+        optimizer.load([state[name] for state in states])
     return numbers
+
+
+def read_manifest(manifest):
+    """(numbers of a saved state, its files, the first damaged one or None)."""
+    try:
+        numbers = json.loads(manifest.read_bytes())
+        if numbers.pop("check") != keyed_seed(numbers):
+            return None, [], manifest
+    except (ValueError, KeyError, AttributeError):  # no JSON, or of another form
+        return None, [], manifest
+    files = []
+    for rank, digest in enumerate(numbers["files"]):
+        file = manifest.with_name(f"rank-{rank}.pt")
+        if not file.exists() or file_hash(file) != digest:
+            return numbers, files, file
+        files.append(str(file))
+    return numbers, files, None
 
 
 # =================================================================================================
