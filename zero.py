@@ -1,23 +1,37 @@
 """ZeRO by hand: data-parallel training with optimizer state, gradients and parameters split over
-the ranks.
+the ranks (Rajbhandari et al. 2020, sections 3 to 7; D0 4.2.1).
 
     python zero.py plan --params 7.5e9 --world-size 64    bytes per GPU and traffic of every stage
     python zero.py plan --model llama-7b --world-size 8   a model by its shapes; --rlhf: PPO's four
     torchrun --nproc-per-node 2 zero.py measure           the same beside live tensors of a model
 
-Bytes per parameter on each of N ranks, at rest between backward and step (D0 4.2.1; ZeRO paper,
-section 3), and bytes sent per step with k micro-batches, Ψ bytes of weights, f = (N-1)/N:
+Bytes per parameter on each of N ranks, at rest between backward and step, and bytes sent per step
+with k micro-batches, Ψ bytes of weights, f = (N-1)/N:
 
     stage                           fp32 (4+4+8)   16-bit weights (2+2+4+4+4)   sent per step
     0  everything on every rank     16             16                           2Ψf
-    1  Adam's state split           8 + 8/N        4 + 12/N                     2Ψf
-    2  gradients too                4 + 12/N       2 + 14/N                     (k+1)Ψf
-    3  parameters too               16/N           16/N                         3kΨf
+    1  P_os: Adam's state split     8 + 8/N        4 + 12/N                     2Ψf
+    2  P_g: gradients too           4 + 12/N       2 + 14/N                     (k+1)Ψf
+    3  P_p: parameters too          16/N           16/N                         3kΨf
+
+What happens when, to each unit (the parameters of a layer or block, in one flat buffer):
+
+                         stage 0             stage 1            stage 2              stage 3
+    before its forward   -                   -                  -                    all-gather it
+    before its backward  -                   -                  -                    all-gather it again
+    at a gradient        add it to the       as 0               add it to a bucket;  as 2
+    (the hook)           whole gradient                         full: reduce-scatter
+    after backward       -                   -                  keep the slice,      as 2; free all
+                                                                free the last bucket weights but 1/N
+    in step: gradients   reduce-scatter,     reduce-scatter     -                    -
+                         then all-gather
+             AdamW on    all of it           1/N of it          1/N                  1/N
+             weights     -                   all-gather         all-gather           -
 
 Offload moves the optimizer's part to the CPU: fp32 weights and moments, 12/N bytes of host memory.
 A step needs buffers besides: what it gathers (one layer, and the next one on its way), the gradient
 of a layer (and the one before, on its way). Every stage is the last one with one thing less kept:
-the update is always `adamw_` on a flat shard, the gradient always the sum over ranks of a flat
+the update is always `adamw_` on a flat slice, the gradient always the sum over ranks of a flat
 buffer, so all stages give the same numbers. There is no wrapper around the model:
     optimizer = AdamW(model, stage=3, ...);  optimizer.backward(loss);  optimizer.step(lr)
 A loss is a sum divided by its count over the whole optimizer step, all ranks and micro-batches:
@@ -30,22 +44,19 @@ import ctypes
 import datetime
 import gc
 import hashlib
-import html
 import inspect
 import json
 import math
 import os
-import platform
 import re
 import shutil
 import signal
-import statistics
 import subprocess
 import sys
 import time
 import traceback
 import weakref
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Literal, get_args
@@ -63,27 +74,33 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 
 def plan(parameters, world, sixteen_bit=True, micro_batches=1, offload=False, once=0):
-    """The docstring's table, a dict per stage: bytes per rank at rest, and sent per rank and step.
+    """The first table above, a dict per stage: bytes per rank at rest, bytes it sends per step.
 
-    Offload moves the fp32 master weights and Adam's moments, 12 bytes, to the host. `once` counts
-    the parameters that stage 3 gathers once per micro-batch, not twice: see `gathered_once`."""
-    weight, state = (2, 12) if sixteen_bit else (4, 8)  # bytes per parameter
+    Offload moves the fp32 master weights and Adam's moments, 12 bytes, to the host. once: number of
+    parameters that stage 3 gathers once per micro-batch and not twice, see `gathered_once`."""
+    weight, state = (2, 12) if sixteen_bit else (4, 8)
     weights = weight * parameters  # Ψ
     k = micro_batches
     moved = (2 * weights, 2 * weights, (k + 1) * weights, k * (3 * weights - weight * once))
     rows = []
     for stage in range(4):
-        state_ranks = world if stage >= 1 else 1  # over how many ranks it is split: P_os
-        grad_ranks = world if stage >= 2 else 1  # P_g
-        weight_ranks = world if stage >= 3 else 1  # P_p
+        state_ranks = world if stage >= 1 else 1  # among how many ranks it is split
+        grad_ranks = world if stage >= 2 else 1
+        weight_ranks = world if stage >= 3 else 1
         row = {"parameters": weights / weight_ranks,
                "gradients": weights / grad_ranks,
                "optimizer": 0 if offload else state * parameters / state_ranks}
         row["total"] = sum(row.values())
         row["host"] = 12 * parameters / state_ranks if offload else 0
-        row["sent"] = moved[stage] * (world - 1) / world
+        row["sent/step"] = moved[stage] * (world - 1) / world
         rows.append({"stage": stage} | row)
     return rows
+
+
+def gathered_once(config) -> int:
+    """The embedding, whose backward reads no weight, and the head, which is still there when
+    backward begins. A tied matrix is both: gathered once for each, twice after all."""
+    return 0 if config.tie_word_embeddings else 2 * config.vocab_size * config.hidden_size
 
 
 def rlhf(parameters, world) -> list[dict]:
@@ -158,11 +175,6 @@ def wait(works):
 # ==== sharding
 
 
-def round_up(n, multiple) -> int:
-    """The smallest multiple that is not below n."""
-    return -(-n // multiple) * multiple
-
-
 class Unit:
     """Parameters that travel together (a block, or another layer), as views of one flat buffer.
 
@@ -174,8 +186,8 @@ class Unit:
     places            {parameter: its place in the buffer, a slice}
     lo, hi            the part [lo, hi) that this rank's Adam updates; in stage 0 it is everything
     flat, shard       the whole weights; that part of them, in stages 0-2 a view of flat
-    present, filling  whether flat is there; the works that are filling it (stage 3)
-    hole              what a parameter is while flat is not there
+    filling           works that fill flat, [] when it is full; None: it has no memory (stage 3)
+    hole              what the parameters show meanwhile
     bucket, grad      the whole gradient; that part of it, in stages 0 and 1 a view of the bucket
     arrived           number of parameters whose gradient is in the bucket (this micro-batch)
     received          other ranks' slices of a gradient that is being summed
@@ -194,9 +206,8 @@ class Unit:
         self.shard = self.flat[self.lo : self.hi]
         if sharded.split_params:
             self.shard = self.shard.clone()  # outlives the buffer
-        self.present = True
-        self.filling = None
-        # A weight that is used while it is not there shall be noticed: a NaN makes the loss NaN.
+        self.filling = []
+        # A weight that is used while flat has no memory must be noticed: a NaN makes the loss NaN.
         self.hole = torch.tensor(math.nan, dtype=sharded.dtype, device=sharded.device)
         self.grad = self.bucket = self.received = None
         self.arrived = 0
@@ -208,7 +219,8 @@ class Unit:
         parameters = sorted(parameters, key=lambda p: p.dim() < 2)
         self.numel = sum(p.numel() for p in parameters)
         self.decayed = sum(p.numel() for p in parameters if p.dim() >= 2)
-        size = round_up(self.numel, dist.get_world_size())
+        world = dist.get_world_size()
+        size = -(-self.numel // world) * world  # rounded up
         initial = torch.zeros(size, dtype=parameters[0].dtype, device=device)
         self.places = {}
         start = 0
@@ -250,31 +262,28 @@ class Unit:
 
     def prefetch(self):
         """Stage 3: starts to collect all shards in the buffer."""
-        if not self.present and self.filling is None:
+        if self.filling is None:
             self.flat.untyped_storage().resize_(self.flat.nbytes)
             self.filling = all_gather(self.flat, self.shard)
 
     def gather(self):
         """Stage 3: the whole parameters, for as long as the layer computes."""
         self.prefetch()
-        if not self.present:
-            wait(self.filling)
-            self.show()
-            self.present = True
-            self.filling = None
+        wait(self.filling)
+        self.filling = []
+        self.show()
 
     def release(self):
         """Stage 3: frees the buffer."""
-        if not self.present and self.filling is None:
+        if self.filling is None:
             return
-        wait(self.filling or [])
+        wait(self.filling)
         for p in self.places:
             p.data = self.hole.expand(p.shape)  # the right shape, and no memory
         # Dropping the tensor would free nothing: autograd saved views of it for the backward pass,
         # and they hold its memory. So that is taken away under them; the gather before the layer's
         # backward puts it back, and the views see the weights again.
         self.flat.untyped_storage().resize_(0)
-        self.present = False
         self.filling = None
 
 
@@ -288,17 +297,6 @@ def named_units(module, path="", whole=False):
         for name, child in module.named_children():
             within = isinstance(module, nn.ModuleList)
             yield from named_units(child, f"{path}.{name}".lstrip("."), within)
-
-
-def gathered_once(model, world) -> int:
-    """Elements, padded, that stage 3 gathers once per micro-batch instead of twice: the first layer
-    (the embedding's backward reads no weight) and the last (still there when backward begins). A
-    tied matrix is both, and so comes twice after all."""
-    layers = [parameters for _, _, parameters in named_units(model)]
-    first, last = layers[0], layers[-1]
-    if first[0] is last[0]:
-        return 0
-    return sum(round_up(sum(p.numel() for p in layer), world) for layer in (first, last))
 
 
 class Sharded:
@@ -471,10 +469,6 @@ class AdamW(Sharded):
         # fp16 gradients below 6e-8 vanish: the loss is scaled up, by trial (D4 2.4.2)
         self.scale = 65536.0 if self.dtype == torch.float16 else 1.0
         self.good = 0  # steps since the last overflow
-        self.pinned = None
-        if offload:  # between GPU and host all passes through memory that is never paged out
-            on_gpu = torch.device(self.device).type == "cuda"
-            self.pinned = torch.empty(PIECE["cpu"], dtype=self.dtype, pin_memory=on_gpu)
         mine = weakref.proxy(self)  # a hook in C++ that held us would keep us for ever
         for unit in self.trained:
             for p in unit.places:
@@ -567,7 +561,7 @@ class AdamW(Sharded):
         """AdamW on this rank's part of the weights, with factor times its gradient."""
         for unit in self.trained:
             for part in pieces(unit.master):
-                grad = self.staged(unit.grad[part]).to(unit.master.dtype) * factor
+                grad = unit.grad[part].to(unit.master) * factor  # offload: to the host
                 adamw_(unit.master[part], grad, unit.exp_avg[part], unit.exp_avg_sq[part],
                        self.t, lr, self.betas, self.eps, self.weight_decay,
                        decayed=max(0, unit.decayed - unit.lo - part.start))
@@ -577,17 +571,10 @@ class AdamW(Sharded):
         works = []
         for unit in self.trained:
             if unit.master is not unit.shard:
-                for part in pieces(unit.master):
-                    unit.shard[part].copy_(self.staged(unit.master[part]))
-            if self.split_state and unit.present:  # in stage 3 the next layer's enter() gathers it
+                unit.shard.copy_(unit.master)
+            if self.split_state and unit.filling is not None:  # else the next enter() gathers it
                 works += all_gather(unit.flat, unit.shard)
         wait(works)
-
-    def staged(self, source):
-        """A piece on its way between GPU and host (offload); else the piece itself."""
-        if self.pinned is None:
-            return source
-        return self.pinned[: source.numel()].copy_(source)
 
     def adjust_scale(self, finite):
         """fp16 only: halve the loss scale at an overflow, double it after 1000 good steps."""
@@ -690,9 +677,9 @@ def read_manifest(manifest):
     return numbers, files, None
 
 
-# =================================================================================================
-# What scripts merely stand on: read once, or never.
-# =================================================================================================
+# ==================================================================================================
+# What scripts merely stand on: read once, or never
+# ==================================================================================================
 
 # ==== launch
 
@@ -738,12 +725,12 @@ DTYPES = {"fp64": torch.float64, "fp32": torch.float32, "bf16": torch.bfloat16,
 
 
 def parse_config(Config, argv=None):
-    """Config from the command line: a kebab-case flag per field, its comment as the help text; a
-    Literal lists what the flag may be."""
+    """Config from the command line: a kebab-case flag per field; a Literal lists its values."""
     parser = argparse.ArgumentParser(description=sys.modules[Config.__module__].__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter,
                                      allow_abbrev=False)
-    # the most derived class comes first, and the first comment found counts
+    # The help text is the field's comment, read from the source: it has to stand on the field's
+    # own line, whole. The most derived class comes first, and the first comment found counts.
     source = "".join(inspect.getsource(c) for c in Config.__mro__ if c is not object)
     for field in fields(Config):
         comment = re.search(rf"^    {field.name}: .*?  # (.*)$", source, re.MULTILINE)
@@ -762,8 +749,8 @@ def launch(main, Config, argv=None):
     try:
         main(parse_config(Config, argv))
     except (Exception, SystemExit) as error:
-        asked = isinstance(getattr(error, "code", None), int)  # to stop
-        if asked or not dist.is_initialized() or dist.get_world_size() == 1:
+        asked_to_stop = isinstance(getattr(error, "code", None), int)
+        if asked_to_stop or not dist.is_initialized() or dist.get_world_size() == 1:
             raise
         raise SystemExit(first_failure(error)) from None
     if dist.is_initialized():
@@ -784,14 +771,15 @@ def first_failure(error, patience=3.0) -> str:
         if kind and first == mine:
             traceback.print_exception(error)
         dist.destroy_process_group()  # wakes who waits for this rank
-        end = time.time() + patience
-        while time.time() < end and (
-                silent := [r for r in range(world) if not store.check([str(r)])]):
+        for _ in range(int(patience / 0.05)):
+            silent = [str(r) for r in range(world) if not store.check([str(r)])]
+            if not silent:
+                return first
             time.sleep(0.05)
     except dist.DistError:
         first += "; the machine that keeps the ranks' messages is gone"
-    lost = ", ".join(map(str, silent))
-    return f"no sign of rank {lost}: killed, frozen or cut off ({first})" if silent else first
+    lost = f"no sign of rank {', '.join(silent)}: killed, frozen or cut off"
+    return f"{lost} ({first})" if silent else first
 
 
 def meeting_place(name, seconds, serve=True):
@@ -807,41 +795,49 @@ def meeting_place(name, seconds, serve=True):
 
 def setup(cfg) -> tuple[torch.device, torch.dtype]:
     """Process group, device, threads and seed, for one process as for many: nobody asks which."""
-    local = int(os.environ.get("LOCAL_RANK", 0))
-    ranks = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    env = os.environ
     cuda = torch.cuda.is_available() and cfg.device != "cpu"
     if cfg.device == "cuda" and not cuda:
         raise SystemExit("--device cuda: this torch sees no GPU; use cpu, or install a CUDA build")
-    device = torch.device("cuda", local) if cuda else torch.device("cpu")
+    device = torch.device("cuda", int(env.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
     if cuda:
         torch.cuda.set_device(device)
     if not dist.is_initialized():
-        many = "RANK" in os.environ
-        dist.init_process_group(
-            "nccl" if cuda else "gloo", timeout=datetime.timedelta(seconds=cfg.timeout),
-            store=meeting_place("ranks", cfg.timeout) if many else dist.HashStore(),
-            rank=int(os.environ["RANK"]) if many else 0,
-            world_size=int(os.environ["WORLD_SIZE"]) if many else 1)
+        rank, world, store = 0, 1, dist.HashStore()
+        if "RANK" in env:  # torchrun
+            rank, world = int(env["RANK"]), int(env["WORLD_SIZE"])
+            store = meeting_place("ranks", cfg.timeout)
+        dist.init_process_group("nccl" if cuda else "gloo", store=store, rank=rank, world_size=world,
+                                timeout=datetime.timedelta(seconds=cfg.timeout))
     if cfg.deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        env.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
+    # glibc gives large freed blocks back to the kernel, and they fault in anew at every step, 3-4 %
+    # of its time. Here it keeps them: M_MMAP_THRESHOLD is -3, M_TRIM_THRESHOLD -1.
     libc = ctypes.CDLL(None) if sys.platform == "linux" else None
-    if hasattr(libc, "mallopt"):  # glibc, which gives large freed blocks back to the kernel: they
-        libc.mallopt(-3, 1 << 25)  # M_MMAP_THRESHOLD   # fault in anew at every step, 3-4 % of it
-        libc.mallopt(-1, 1 << 30)  # M_TRIM_THRESHOLD
+    if hasattr(libc, "mallopt"):
+        libc.mallopt(-3, 1 << 25)
+        libc.mallopt(-1, 1 << 30)
     # matrix kernels are made for each shape and kept, 1024 unless told otherwise
-    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "16384")
+    env.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "16384")
     cores = cpu_cores()
-    torch.set_num_threads(cfg.threads or max(1, cores // ranks))  # torchrun's own default is 1
+    share = max(1, cores // int(env.get("LOCAL_WORLD_SIZE", 1)))
+    torch.set_num_threads(cfg.threads or share)  # torchrun's own default is 1
     torch.manual_seed(cfg.seed)  # equal weights on every rank; batches are keyed by step instead
-    instructions = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")  # not in every torch
-    fast = any(getattr(torch.cpu, name, bool)() for name in instructions)  # bool() is False
-    fast = torch.cuda.get_device_capability(device) >= (8, 0) if cuda else fast
-    name = cfg.dtype if cfg.dtype != "auto" else "bf16" if fast else "fp32"
-    why = "" if cfg.dtype != "auto" else " (fast here)" if fast else " (no fast bf16 here)"
+    name = cfg.dtype
+    if name == "auto":
+        name = "bf16" if fast_bf16(device) else "fp32"
     print0(f"{dist.get_world_size()} process(es) x {torch.get_num_threads()} threads of {cores} "
-           f"cores, {device}, {dist.get_backend()}, {name}{why}, ZeRO stage {cfg.zero}")
+           f"cores, {device}, {dist.get_backend()}, {name}, ZeRO stage {cfg.zero}")
     return device, DTYPES[name]
+
+
+def fast_bf16(device) -> bool:
+    """Whether the hardware multiplies bf16."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device) >= (8, 0)
+    instructions = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")  # not in every torch
+    return any(getattr(torch.cpu, name, bool)() for name in instructions)  # bool() is False
 
 
 def cpu_cores() -> int:
@@ -894,7 +890,10 @@ def prepared(ready, build):
     atomic rename."""
     first = int(os.environ.get("LOCAL_RANK", 0)) == 0
     while not ready():
-        build() if first else time.sleep(0.2)
+        if first:
+            build()
+        else:
+            time.sleep(0.2)
 
 
 def write_atomically(path, write):
@@ -936,48 +935,58 @@ class Run:
 
     def __init__(self, cfg, steps, inputs=()):
         """inputs: the files it depends on; if one has changed, a run in --out starts over."""
-        self.cfg, self.steps, self.out = cfg, steps, Path(cfg.out)
-        self.rank, self.printed, self.units = dist.get_rank(), 0.0, 0
-        self.tty, self.stopping = sys.stdout.isatty(), False
+        self.cfg = cfg
+        self.steps = steps
+        self.out = Path(cfg.out)
+        self.metrics = self.out / "metrics.jsonl"
+        self.shown = 0.0  # when `log` last printed a line
+        self.units = 0  # tokens of this process's steps
+        self.stopping = 0.0  # when the run was asked to stop
         for path in inputs:
             if not Path(path).is_file():
                 raise SystemExit(f"{path}: no such file")
-        hashes = {str(p): file_hash(p) for p in inputs}
-        # a restart by torchrun --max-restarts goes on with what --fresh began
-        fresh = cfg.fresh and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0"
-        metrics = self.out / "metrics.jsonl"
-        trained = metrics.exists() and metrics.stat().st_size > 0  # else there is nothing to lose
-        if (self.out / "run.json").exists() and trained and not fresh:
-            old = json.loads((self.out / "run.json").read_text(encoding="utf-8"))
-            before, now = old["config"], asdict(cfg)
-            differing = [k for k in now if k not in FREE and before.get(k) != now[k]]
-            if differing:
-                said = ", ".join(f"--{k.replace('_', '-')} {before.get(k)!r} → {now[k]!r}"
-                                 for k in differing)
-                raise SystemExit(f"{cfg.out} holds a run of another config ({said}); --fresh "
-                                 "starts over, another --out keeps both")
-            changed = [p for p in hashes if old["inputs"].get(p) != hashes[p]]
-            if changed:
-                print0(f"{changed[0]} has changed since the run in {cfg.out}: starting over")
-                fresh = True
-            elif (self.out / "eval.json").exists():
-                print0(f"{cfg.out} is finished; --fresh trains it again")
-                dist.destroy_process_group()
-                raise SystemExit(0)
+        hashes = {str(path): file_hash(path) for path in inputs}
+        fresh = self.starts_over(hashes)
         dist.barrier()  # everyone has read the old run.json
         git = f'git -C "{Path(__file__).parent}" rev-parse HEAD'
         failed, commit = subprocess.getstatusoutput(git)  # there may be no git
         self.record = {"script": Path(sys.argv[0]).name, "config": asdict(cfg), "inputs": hashes,
                        "commit": "" if failed else commit, "torch": torch.__version__,
-                       "python": platform.python_version(), "world_size": dist.get_world_size(),
+                       "python": sys.version.split()[0], "world_size": dist.get_world_size(),
                        "threads": torch.get_num_threads(), "seconds": 0.0}
-        if self.rank == 0:
+        if dist.get_rank() == 0:
             self.out.mkdir(parents=True, exist_ok=True)
             (self.out / "eval.json").unlink(missing_ok=True)
             if fresh:
                 shutil.rmtree(self.out / "state", ignore_errors=True)
             write_json(self.out / "run.json", self.record)
         dist.barrier()
+
+    def starts_over(self, hashes) -> bool:
+        """Whether what stands in --out is given up. If it is of another config, or finished, the
+        program ends."""
+        restarted = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
+        if self.cfg.fresh and not restarted:  # a restart goes on with what --fresh began
+            return True
+        trained = self.metrics.exists() and self.metrics.stat().st_size > 0
+        if not trained or not (self.out / "run.json").exists():
+            return False  # there is nothing to lose
+        old = json.loads((self.out / "run.json").read_text(encoding="utf-8"))
+        before, now = old["config"], asdict(self.cfg)
+        differing = [f"--{name.replace('_', '-')} {before.get(name)!r} → {now[name]!r}"
+                     for name in now if name not in FREE and before.get(name) != now[name]]
+        if differing:
+            raise SystemExit(f"{self.out} holds a run of another config ({', '.join(differing)}); "
+                             "--fresh starts over, another --out keeps both")
+        for path, digest in hashes.items():
+            if old["inputs"].get(path) != digest:
+                print0(f"{path} has changed since the run in {self.out}: starting over")
+                return True
+        if (self.out / "eval.json").exists():
+            print0(f"{self.out} is finished; --fresh trains it again")
+            dist.destroy_process_group()
+            raise SystemExit(0)
+        return False
 
     def stop(self, *_):
         """Ctrl-C and SIGTERM: end at the next step boundary, with the state saved; repeated later,
@@ -989,13 +998,13 @@ class Run:
     def resume(self, **optimizers) -> int:
         """Loads the newest whole state, cuts metrics.jsonl off there; returns the step (or 0)."""
         state = load_state(self.out / "state", optimizers)
-        self.first, self.seconds = state.get("step", 0), state.get("seconds", 0.0)
-        self.path = self.out / "metrics.jsonl"
-        if self.rank == 0:
-            old = self.path.read_text(encoding="utf-8") if self.path.exists() else ""
+        self.first = state.get("step", 0)
+        self.before = state.get("seconds", 0.0)  # that earlier processes took
+        if dist.get_rank() == 0:
+            old = self.metrics.read_text(encoding="utf-8") if self.metrics.exists() else ""
             whole = [line for line in old.splitlines() if line.endswith("}")]  # not cut by a kill
             kept = [line + "\n" for line in whole if json.loads(line)["step"] < self.first]
-            write_atomically(self.path, lambda file: file.write("".join(kept).encode()))
+            write_atomically(self.metrics, lambda file: file.write("".join(kept).encode()))
         trained = next(iter(optimizers.values()))
         self.record |= {"device": str(trained.device), "dtype": str(trained.dtype)}
         if self.first:
@@ -1005,81 +1014,71 @@ class Run:
         self.began = time.time()
         return self.first
 
+    def seconds(self) -> float:
+        """What the run took so far, over all its processes."""
+        return self.before + time.time() - self.began
+
     def log(self, step, units=0, **metrics):
         """Appends a line to metrics.jsonl and shows one. A loss that is not finite ends the run, on
         every rank, with nothing overwritten."""
-        broken = [k for k, v in metrics.items() if k.endswith("loss") and not math.isfinite(v)]
-        if broken:
-            raise SystemExit(f"step {step}: {broken[0]} is not finite; lower --lr, or look at the "
-                             "data of this step")
-        elapsed = max(1e-9, time.time() - self.began)
+        for name, value in metrics.items():
+            if name.endswith("loss") and not math.isfinite(value):
+                raise SystemExit(f"step {step}: {name} is not finite; lower --lr, or look at the "
+                                 "data of this step")
         self.units += units
-        if self.rank != 0:
+        if dist.get_rank() != 0:
             return
-        record = {"step": step, **metrics, "seconds": round(self.seconds + elapsed, 3)}
-        with open(self.path, "a", encoding="utf-8") as file:
+        record = {"step": step, **metrics, "seconds": round(self.seconds(), 3)}
+        with open(self.metrics, "a", encoding="utf-8") as file:
             file.write(json.dumps(record) + "\n")
+        terminal = sys.stdout.isatty()
         last = step + 1 == self.steps
-        if last or time.time() - self.printed > (0.2 if self.tty else self.cfg.log_every):
+        if last or time.time() - self.shown > (0.2 if terminal else self.cfg.log_every):
+            elapsed = max(1e-9, time.time() - self.began)
             left = int(elapsed / (step + 1 - self.first) * (self.steps - step - 1))
-            shown = "  ".join(f"{k} {v:.4g}" for k, v in metrics.items())
+            values = "  ".join(f"{name} {value:.4g}" for name, value in metrics.items())
             line = (f"{self.out.name} {step + 1}/{self.steps}  {left // 60}:{left % 60:02d} left  "
-                    f"{self.units / elapsed:,.0f} tokens/s  {shown}")
-            if self.tty and not last:  # in place: a line that wraps could not be written over
-                line = line[: shutil.get_terminal_size().columns - 1]
-            end = "\n" if last or not self.tty else ""
-            print("\r\033[K" + line if self.tty else line, end=end, flush=True)
-            self.printed = time.time()
+                    f"{self.units / elapsed:,.0f} tokens/s  {values}")
+            if terminal:  # over the line before; one that wraps could not be written over
+                line = "\r\033[K" + line[: shutil.get_terminal_size().columns - 1]
+            print(line, end="" if terminal and not last else "\n", flush=True)
+            self.shown = time.time()
 
     def boundary(self, step, **optimizers):
         """After every step: saves when it is time; saves and ends if any rank was asked to stop."""
         device = next(iter(optimizers.values())).device
-        stop = all_sum(bool(self.stopping), device=device)[0] > 0
+        stop = all_sum(self.stopping > 0, device=device)[0] > 0
         every = self.cfg.save_every or self.steps
         if stop or (step + 1) % every == 0 and step + 1 < self.steps:
-            seconds = self.seconds + time.time() - self.began
-            save_state(self.out / "state", optimizers, {"step": step + 1, "seconds": seconds})
+            numbers = {"step": step + 1, "seconds": self.seconds()}
+            save_state(self.out / "state", optimizers, numbers)
         if stop:
             print0(f"\nstopped after step {step + 1}; the same command resumes")
             dist.destroy_process_group()
             raise SystemExit(130)
 
-    def curves(self):
-        """curves.svg: every logged metric over the steps; if they are many, with a running mean."""
-        lines, panels = self.path.read_text(encoding="utf-8").splitlines(), []
-        records = [json.loads(line) for line in lines]
-        for name in dict.fromkeys(key for record in records for key in record):
-            points = [(r["step"], r[name]) for r in records if name in r]
-            (steps, values), half = zip(*points), len(points) // 50
-            series = {"": (steps, values)}
-            if half and name != "lr":
-                near = [values[max(0, i - half) : i + half + 1] for i in range(len(values))]
-                means = [sum(window) / len(window) for window in near]
-                series[f"mean over {2 * half + 1} steps"] = (steps, means)
-            if name not in ("step", "seconds"):
-                panels.append({"title": name, "series": series, "x_label": "step",
-                               "y_label": UNITS.get(name, "nats" if "loss" in name else "")})
-        plot(panels, self.out / "curves.svg")
-
     def finish(self, **result):
         """Draws the curves, writes the seconds into run.json and, last (it is make's target),
         eval.json."""
-        self.record["seconds"] = round(self.seconds + time.time() - self.began, 1)
-        if self.rank == 0:
+        self.record["seconds"] = round(self.seconds(), 1)
+        if dist.get_rank() == 0:
             write_json(self.out / "run.json", self.record)
-            self.curves()
+            lines = self.metrics.read_text(encoding="utf-8").splitlines()
+            plot(curves([json.loads(line) for line in lines]), self.out / "curves.svg")
             write_json(self.out / "eval.json", result)
             shutil.rmtree(self.out / "state", ignore_errors=True)
         numbers = [f"{k} {v:.4g}" for k, v in result.items() if isinstance(v, (int, float))]
         print0(f"{self.out}: {'  '.join(numbers)}  ({self.record['seconds']:.0f} s)")
 
 
-# ==== pictures
+# ==== curves
 
 COLOURS = ("#2f86d1", "#d9752b", "#2f9e5f", "#a868c9", "#b58a1f", "#d6506a")
-UNITS = {"kl": "nats per reply", "entropy": "nats per token", "length": "tokens"}
 STYLE = ("text{font:11px sans-serif;fill:#757d87}.grid{stroke:#757d87;opacity:.3}"
          "@media(prefers-color-scheme:dark){text{fill:#8b949e}}")
+# In nats is what is a log-probability; policy_loss and value_loss have no unit.
+UNITS = {"loss": "nats", "replay_loss": "nats", "approx_kl": "nats per token",
+         "kl": "nats per reply", "entropy": "nats per token", "length": "tokens"}
 
 
 def ticks(low, high, count=5) -> list[float]:
@@ -1087,84 +1086,82 @@ def ticks(low, high, count=5) -> list[float]:
     and high."""
     if high <= low:
         low, high = low - (abs(low) or 1), high + (abs(high) or 1)
-    power = 10.0 ** math.floor(math.log10((high - low) / count))
-    step = power * next(m for m in (1, 2, 5, 10) if m * power >= 0.999 * (high - low) / count)
-    first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
+    apart = (high - low) / count
+    power = 10.0 ** math.floor(math.log10(apart))
+    step = power * next(m for m in (1, 2, 5, 10) if m * power >= 0.999 * apart)
+    first = math.floor(low / step + 1e-9)
+    last = math.ceil(high / step - 1e-9)
     return [float(f"{step * i:.9g}") for i in range(first, last + 1)]
 
 
-def draw(title, series, x_label="", y_label="", limit=300) -> list[str]:
-    """SVG elements of a panel, its axes from (50, 26) to (336, 206); see `plot`."""
-    kinds = list(dict.fromkeys(x for xs, *_ in series.values() for x in xs if isinstance(x, str)))
-    drawn, points = [], {}
-    for k, (name, (xs, *ys)) in enumerate(series.items()):
-        shift = 0.09 * (k - (len(series) - 1) / 2)  # the points of a category side by side
-        xs = [kinds.index(x) + shift for x in xs] if kinds else xs
-        found = [p for p in zip(xs, ys[0], *(ys[1:] or ys * 2)) if all(map(math.isfinite, p))]
-        stride = max(1.0, (len(found) - 1) / max(1, limit - 1))  # the first and the last stay
-        points[name] = [found[round(i * stride)] for i in range(min(limit, len(found)))]
-    xs, _, lows, highs = zip(*sum(points.values(), []) or [(0, 0, 0, 0)])
-    x_ticks, y_ticks = ticks(min(xs), max(xs), 8), ticks(min(lows), max(highs))
-    left, right = (-0.5, len(kinds) - 0.5) if kinds else (x_ticks[0], x_ticks[-1])
+def draw(title, lines, unit="") -> list[str]:
+    """SVG elements of a panel 360 wide and 240 high; lines: {name: [(x, y), …]}."""
+    points = sum(lines.values(), []) or [(0, 0)]
+    xs, ys = zip(*points)
+    x_ticks, y_ticks = ticks(min(xs), max(xs), 8), ticks(min(ys), max(ys))
+    # the axes meet at (left, 206); a digit of the labels on their left is up to 7 pixels wide
+    left = max(50, 10 + 7 * max(len(f"{tick:g}") for tick in y_ticks))
+    drawn = []
 
     def px(x):
-        return round(50 + 286 * (x - left) / (right - left), 1)
+        return round(left + (336 - left) * (x - x_ticks[0]) / (x_ticks[-1] - x_ticks[0]), 1)
 
     def py(y):
         return round(206 - 180 * (y - y_ticks[0]) / (y_ticks[-1] - y_ticks[0]), 1)
 
     def text(x, y, anchor, words):
-        drawn.append(f'<text x="{x}" y="{y}" text-anchor="{anchor}">{html.escape(words)}</text>')
+        drawn.append(f'<text x="{x}" y="{y}" text-anchor="{anchor}">{words}</text>')
 
-    text(50, 14, "start", title)
-    text(336, 14, "end", y_label)
-    text(336, 236, "end", x_label)
+    text(left, 14, "start", title)
+    text(336, 14, "end", unit)
+    text(336, 236, "end", "step")
     for tick in y_ticks:
-        drawn.append(f'<path class="grid" d="M50 {py(tick)}H336"/>')
-        text(44, py(tick) + 4, "end", f"{tick:g}")
-    for tick, word in enumerate(kinds) if kinds else ((t, f"{t:g}") for t in x_ticks):
-        text(px(tick), 221, "middle", word)
-    for k, (name, found) in enumerate(points.items()):
-        colour, width = COLOURS[k % len(COLOURS)], 1.6 if name or len(points) == 1 else 0.6
-        line = " ".join(f"{px(x)},{py(y)}" for x, y, *_ in found)
-        if not kinds:
-            drawn.append(f'<polyline points="{line}" fill="none" stroke="{colour}" '
-                         f'stroke-width="{width}"/>')
-        for x, y, low, high in found if len(series[name]) > 2 else ():
-            drawn.append(f'<path d="M{px(x)} {py(low)}V{py(high)}" stroke="{colour}"/>'
-                         f'<circle cx="{px(x)}" cy="{py(y)}" r="3" fill="{colour}"/>')
-        if name:
-            below = 236 + 15 * sum(map(bool, list(points)[:k]))
-            drawn.append(f'<circle cx="50" cy="{below - 4}" r="3" fill="{colour}"/>')
-            text(58, below, "start", name)
+        drawn.append(f'<path class="grid" d="M{left} {py(tick)}H336"/>')
+        text(left - 6, py(tick) + 4, "end", f"{tick:g}")
+    for tick in x_ticks:
+        text(px(tick), 221, "middle", f"{tick:g}")
+    for (name, points), colour in zip(lines.items(), COLOURS):
+        places = " ".join(f"{px(x)},{py(y)}" for x, y in points)
+        width = 1.6 if name or len(lines) == 1 else 0.6
+        drawn.append(f'<polyline points="{places}" fill="none" stroke="{colour}" '
+                     f'stroke-width="{width}"/>')
+        text(left, 236, "start", name)
     return drawn
 
 
-def plot(panels, path, across=3):
-    """Writes panels, each the arguments of `draw`, as an SVG with `across` in a row.
-
-    series {name: (xs, ys)} are lines; {name: (xs, ys, lows, highs)} have points with intervals too,
-    and no line if xs are texts. One named "" is not in the legend, and thin beside others. What is
-    not finite is left out; long series are thinned to 300 points, or what 3,500 leave to each.
-    No ground is painted, for the colours are read on a white page as on a black one."""
-    limit = min(300, 3500 // max(1, sum(len(p["series"]) for p in panels)))
-    height = 240 + 15 * max([sum(map(bool, p["series"])) for p in panels], default=0)
-    size = f"{360 * min(across, len(panels))} {height * -(-len(panels) // across)}"
+def plot(panels, path):
+    """Writes panels, each the arguments of `draw`, as an SVG, three in a row. A line named "" is
+    thin beside another, whose name stands below. No ground is painted, for the colours are read on
+    a white page as on a black one."""
+    size = f"{360 * min(3, len(panels))} {240 * -(-len(panels) // 3)}"
     parts = [f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {size}"><style>{STYLE}</style>']
     for i, panel in enumerate(panels):
-        parts.append(f'<g transform="translate({360 * (i % across)} {height * (i // across)})">')
-        parts += [*draw(**panel, limit=limit), "</g>"]
+        parts.append(f'<g transform="translate({360 * (i % 3)} {240 * (i // 3)})">')
+        parts += [*draw(**panel), "</g>"]
     write_atomically(path, lambda file: file.write("\n".join([*parts, "</svg>"]).encode()))
 
 
+def curves(records) -> list[dict]:
+    """Panels of all metrics by step: what is finite, about 150 points, of many a running mean."""
+    panels = []
+    for name in dict.fromkeys(key for record in records for key in record):
+        if name in ("step", "seconds"):
+            continue
+        found = [(r["step"], r[name]) for r in records if math.isfinite(r.get(name, math.nan))]
+        apart = max(1, len(found) // 150)
+        lines = {"": found[::apart]}
+        half = len(found) // 50
+        if half and name != "lr":
+            means = []
+            for i in range(0, len(found), apart):
+                near = [value for _, value in found[max(0, i - half) : i + half + 1]]
+                means.append((found[i][0], sum(near) / len(near)))
+            lines[f"mean over {2 * half + 1} steps"] = means
+        panels.append({"title": name, "lines": lines, "unit": UNITS.get(name, "")})
+    return panels
+
+
 # ==== the command lines
-
-
-def table(rows, unit=1e9, form=">12.4g"):
-    """Prints dicts of one form as a table, all columns but the first in `unit`s."""
-    print("".join(f"{name:>{max(12, len(name) + 2)}}" for name in rows[0]))
-    for first, *numbers in (row.values() for row in rows):
-        print(f"{first:>12}", *(f"{n / unit:{form}}" for n in numbers), sep="")
 
 
 @dataclass
@@ -1179,6 +1176,19 @@ class PlanConfig:
     rlhf: bool = False  # PPO's four models and DPO's two as well
 
 
+@dataclass
+class MeasureConfig(BaseConfig):
+    """What `zero.py measure` can be told."""
+
+    model: str = "tiny"  # one of the presets that `python model.py` lists
+    rows: int = 4  # rows of a micro-batch
+    context: int = 128  # tokens per row
+    micro_batches: int = 2  # per optimizer step
+    steps: int = 5  # optimizer steps in every stage
+    overlap: bool = True  # send while the model computes
+    offload: bool = False  # fp32 weights and Adam's moments in CPU memory
+
+
 def preset(model, name):
     """The configuration of that name in the module `model`."""
     if name not in model.PRESETS:
@@ -1186,25 +1196,32 @@ def preset(model, name):
     return model.PRESETS[name]
 
 
+def table(rows):
+    """Prints dicts of one form as a table, all columns but the first in units of 10⁹."""
+    print("".join(f"{name:>{max(12, len(name) + 2)}}" for name in rows[0]))
+    for row in rows:
+        first, *numbers = row.values()
+        print(f"{first:>12}", *(f"{n / 1e9:>12.4g}" for n in numbers), sep="")
+
+
 def show_plan(cfg, model):
     """Prints plan() in both ledgers, for a number of parameters or a model of the documents."""
-    world, size, once = cfg.world_size, cfg.params, 0
+    world = cfg.world_size
+    size, once = cfg.params, 0
     if cfg.model:
-        with torch.device("meta"):  # shapes without memory
-            net = model.CausalLM(preset(model, cfg.model))
-        size = sum(p.numel() for p in net.parameters())
-        once = gathered_once(net, world)
+        config = preset(model, cfg.model)
+        size, once = config.num_parameters(), gathered_once(config)
     print(f"GB (10⁹ bytes) on each of {world} GPUs for {size:,.0f} parameters; the time of the "
           f"traffic at {cfg.bandwidth:g} GB/s")
-    for sixteen, ledger in (
+    for sixteen_bit, ledger in (
             (False, "fp32: weight 4 + gradient 4 + Adam's moments 4 + 4"),
             (True, "mixed: weight 2 + gradient 2 + fp32 weight 4 + moments 4 + 4")):
-        rows = plan(size, world, sixteen, cfg.micro_batches, once=once)
-        for row, away in zip(rows, plan(size, world, sixteen, offload=True)):
-            sent = row.pop("sent")
+        rows = plan(size, world, sixteen_bit, cfg.micro_batches, once=once)
+        for row, away in zip(rows, plan(size, world, sixteen_bit, offload=True)):
             del row["host"]
-            row |= {"offloaded": away["total"], "host": away["host"]}
-            row |= {"sent/step": sent, "seconds": sent / cfg.bandwidth}
+            sent = row.pop("sent/step")
+            row |= {"offloaded": away["total"], "host": away["host"], "sent/step": sent,
+                    "seconds": sent / cfg.bandwidth}
         print(f"\n{ledger} bytes per parameter; offloaded: the GPU without fp32 weight and moments")
         table(rows)
     if cfg.rlhf:
@@ -1217,11 +1234,14 @@ class Peak(TorchDispatchMode):
 
     def __init__(self, sharded):
         super().__init__()
-        self.sharded, self.most = sharded, {}
+        self.sharded = sharded
+        self.most = {}
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        result, live = function(*args, **(kwargs or {})), self.sharded.live_bytes()
-        self.most = max(self.most, live, key=lambda kinds: sum(kinds.values()))
+        result = function(*args, **(kwargs or {}))
+        live = self.sharded.live_bytes()
+        if sum(live.values()) > sum(self.most.values()):
+            self.most = live
         return result
 
 
@@ -1231,13 +1251,15 @@ def saved_bytes(loss, model) -> int:
     kept = {}
 
     def pack(tensor):
-        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            kept[storage.data_ptr()] = storage.nbytes()
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         result = loss()
     del result  # until here all that was packed lived, each at a place of its own
-    return sum(size for place, size in kept.items() if place not in own)
+    return sum(kept.values())
 
 
 def peak_memory(device) -> int:
@@ -1249,24 +1271,11 @@ def peak_memory(device) -> int:
         return peak
     if sys.platform != "linux":
         return 0
-    said = Path("/proc/self/status").read_text()
+    status = Path("/proc/self/status").read_text()
     gc.collect()  # hooks make a circle: model → hook → optimizer → model
     ctypes.CDLL(None).malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")  # the peak is now what is held
-    return 1024 * int(re.search(r"VmHWM:\s+(\d+)", said)[1])
-
-
-@dataclass
-class MeasureConfig(BaseConfig):
-    """What `zero.py measure` can be told."""
-
-    model: str = "tiny"  # one of the presets that `python model.py` lists
-    rows: int = 4  # rows of a micro-batch
-    context: int = 128  # tokens per row
-    micro_batches: int = 2  # per optimizer step
-    steps: int = 5  # optimizer steps in every stage
-    overlap: bool = True  # send while the model computes
-    offload: bool = False  # fp32 weights and Adam's moments in CPU memory
+    return 1024 * int(re.search(r"VmHWM:\s+(\d+)", status)[1])
 
 
 def measure(cfg, model):
@@ -1292,54 +1301,53 @@ def measure(cfg, model):
         kept = saved_bytes(lambda: loss(net), net)
         print0(f"saved for backward: {kept:,} bytes, activation checkpointing {recompute}")
     size = sum(unit.flat.numel() for unit in optimizer.units)  # padding included
-    once = gathered_once(net, world)
-    plans = plan(size, world, dtype.itemsize == 2, cfg.micro_batches, cfg.offload, once)
+    plans = plan(size, world, dtype.itemsize == 2, cfg.micro_batches, cfg.offload,
+                 gathered_once(config))
     print0(f"{config}\nbytes on rank 0, at rest and at the peak of a step, measured and planned")
-    names = "".join(f"{name:>14}" for name in COLUMNS)
-    print0(f"{'stage':>12}{names}{'ms/step':>10}{'memory':>16}")
+    columns = dict.fromkeys(["parameters", "gradients", "optimizer", "buffers", "host",
+                             "sent/step"], 14) | {"ms/step": 10, "memory": 16}  # and their widths
+    print0(f"{'stage':>12}" + "".join(f"{name:>{width}}" for name, width in columns.items()))
     for stage in range(4):
         optimizer = build(stage)
-        rest, peak, times = train_stage(optimizer, loss, cfg, device)
-        show_row(stage, "at rest", rest)
-        show_row(stage, "peak", peak, times)
-        show_row(stage, "plan", plans[stage] | {"sent/step": plans[stage]["sent"]})
+        rest, peak = train_stage(optimizer, loss, cfg, device)
+        for title, numbers in (("at rest", rest), ("peak", peak), ("plan", plans[stage])):
+            line = f"{stage:>4}{title:>8}"
+            for name, width in columns.items():
+                line += f"{numbers[name]:>{width},.0f}" if name in numbers else " " * width
+            print0(line.rstrip())
 
 
-COLUMNS = ("parameters", "gradients", "optimizer", "buffers", "host", "sent/step")
-
-
-def show_row(stage, title, numbers, end=""):
-    """Prints a line of `measure`; what is not among the numbers stays empty."""
-    cells = [f"{int(numbers[c]):>14,}" if c in numbers else " " * 14 for c in COLUMNS]
-    print0(f"{stage:>4}{title:>8}{''.join(cells)}{end}".rstrip())
-
-
-def train_stage(optimizer, loss, cfg, device):
-    """A few steps: bytes at rest, at the peak with what is sent, and "ms/step, memory"."""
+def train_stage(optimizer, loss, cfg, device) -> tuple[dict, dict]:
+    """A few steps: bytes at rest; bytes at the peak, what is sent, time and memory."""
     peak_memory(device)  # counts from here
-    peak = Peak(optimizer)
     seconds = []
-    for step in range(cfg.steps + 1):
+
+    def step():
         SENT["bytes"] = 0
         began = time.perf_counter()
-        with peak if step == 0 else nullcontext():  # looking costs time: that step is not timed
-            for _ in range(cfg.micro_batches):
-                optimizer.backward(loss(optimizer.model))
-            rest = optimizer.live_bytes()
-            optimizer.step(1e-3)
+        for _ in range(cfg.micro_batches):
+            optimizer.backward(loss(optimizer.model))
+        rest = optimizer.live_bytes()
+        optimizer.step(1e-3)
         seconds.append(time.perf_counter() - began)
-    milliseconds = 1e3 * statistics.median(seconds[1:])
-    times = f"{milliseconds:>10.1f}{peak_memory(device):>16,}"
-    return rest, peak.most | {"sent/step": SENT["bytes"]}, times
+        return rest
+
+    with Peak(optimizer) as peak:
+        rest = step()
+    seconds.clear()  # looking costs time
+    for _ in range(cfg.steps):
+        step()
+    milliseconds = 1e3 * sorted(seconds)[cfg.steps // 2]  # the median
+    return rest, peak.most | {"sent/step": SENT["bytes"], "ms/step": milliseconds,
+                              "memory": peak_memory(device)}
 
 
 def main(model):
     """`zero.py plan` and `zero.py measure`; model: the module, which only the program imports."""
     commands = {"plan": (show_plan, PlanConfig), "measure": (measure, MeasureConfig)}
-    name = sys.argv.pop(1) if sys.argv[1:] else ""
-    if name not in commands:
-        raise SystemExit(f"{__doc__}\n{sys.argv[0]}: say {' or '.join(commands)}")
-    command, Config = commands[name]
+    if sys.argv[1:2] not in (["plan"], ["measure"]):
+        raise SystemExit(f"{__doc__}\n{sys.argv[0]}: say plan or measure")
+    command, Config = commands[sys.argv.pop(1)]
     launch(lambda cfg: command(cfg, model), Config)
 
 

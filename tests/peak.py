@@ -23,7 +23,8 @@ def layers(model, world) -> list[tuple[str, int]]:
         new = [p for p in parameters if p not in owner]
         owner |= dict.fromkeys(new, path)
         if new:
-            sizes[path] = zero.round_up(sum(p.numel() for p in new), world)
+            count = sum(p.numel() for p in new)
+            sizes[path] = -(-count // world) * world  # rounded up
         order.append(owner[parameters[0]])
     return [(path, sizes[path]) for path in order]
 
