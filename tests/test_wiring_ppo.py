@@ -38,7 +38,7 @@ ROOM = CONTEXT - FLAGS.max_new_tokens - 1 - 3  # bytes of a prompt, which has th
 # Prompts and the judge's answers. Two prompts are too long; of the others four are held out.
 ASKED = {"What is a?": "a", "b?": "zz", "x" * ROOM: "zz", "x" * (ROOM + 1): "too long", "why": None,
          "cc": "zz", "a longer question": "zz", "Say it": None, "how": "zz",
-         "y" * (ROOM + 2): "too long", "one": None, "two": "ba", "three": "b", "bomb": "no"}
+         "one": None, "two": "ba", "y" * (ROOM + 2): "too long", "three": "b", "bomb": "no"}
 TRAINED = 8  # the first of those that fit
 
 
