@@ -74,7 +74,7 @@ def compare(cfg, found, net, expected, judged, tokens):
         for height, width, _ in sum(steps, judging):  # the width padded to a multiple of 8
             assert height == 1 or height * (width - 7) <= cfg.micro_tokens, (height, width)
         assert not any(gradient for *_, gradient in judging), "judging needs no gradient"
-    assert tokens_logged(cfg.out, found[0]["printed"]) == pytest.approx(tokens, rel=0.03)
+    assert tokens_logged(cfg.out, found[0]["printed"]) == pytest.approx(tokens, rel=0.05)
 
 
 def compare_words(found, words):
@@ -125,9 +125,9 @@ def test_pretraining_takes_the_steps_of_a_plain_loop_and_is_judged_on_text_it_ne
     opening = tokenizer.encode(tokenizer.decode(ids[:8]))
     [reply] = generate(net, [opening], 40, end, temperature=0.8)
     compare_words(found, [
-        f"{net.config.num_parameters():,} parameters", f"{len(tokens.ids):,} training tokens",
-        f"{len(ids):,} held-out tokens", f"{5 * 16} per step",
-        f"{4 * 5 * 16 / len(tokens.ids):.1f} passes",
+        f"{net.config.num_parameters():,} parameters, {len(tokens.ids):,} training tokens "
+        f"({tokens.bytes / len(tokens.ids):.2f} bytes each), {5 * 16} per step",
+        f"{4 * 5 * 16 / len(tokens.ids):.1f} passes, {len(ids):,} held-out tokens",
         f"{tokenizer.decode(opening)!r} → {tokenizer.decode(reply)!r}"])
     first = math.log(tokenizer.vocab_size) + 16 * 0.02**2 / 2  # ln V + ½·C·σ²
     line = f"first loss {expected[0]['loss']:.3f}, expected {first:.3f}"
@@ -240,11 +240,12 @@ def one_step(script, home, out):
 
 @pytest.mark.parametrize("script", ["pretrain", "sft"])
 def test_flags_of_memory_and_speed_reach_the_model_and_the_optimizer(home, run, tmp_path, script):
-    for flags in (dict(zero=2, offload=True, checkpointing=False),
-                  dict(zero=3, offload=False, checkpointing=True)):
-        cfg = one_step(script, home, tmp_path / str(flags["zero"]))
-        [found] = run(1, script, replace(cfg, **flags))
-        assert found["flags"] == flags
+    for stage, offload, recompute in ((2, True, False), (3, False, True)):
+        cfg = one_step(script, home, tmp_path / str(stage))
+        cfg = replace(cfg, zero=stage, offload=offload, checkpointing=recompute)
+        [found] = run(1, script, cfg)
+        told = [found["flags"][name] for name in ("stage", "offload", "checkpointing")]
+        assert told == [stage, offload, recompute]
 
 
 @pytest.mark.parametrize("script, changed", [("pretrain", "data"), ("pretrain", "val_data"),

@@ -78,7 +78,7 @@ def watched(rank, name, config):
 
     "result", "printed" and the "written" files; "forwards": for each optimizer step, and at the end
     for the judging, the (rows, tokens, with gradient?) of each forward pass, generation left out;
-    "flags": what optimizer and model were told.
+    "flags": what the optimizer and the model were told.
     """
     script = importlib.import_module(name)
     plain_step, plain_replace = zero.AdamW.step, os.replace
@@ -91,8 +91,8 @@ def watched(rank, name, config):
 
     def step(optimizer, lr):
         forwards.append([])
-        recompute = optimizer.model.model.activation_checkpointing
-        flags.update(zero=optimizer.stage, offload=optimizer.offload, checkpointing=recompute)
+        flags.update({k: v for k, v in vars(optimizer).items() if isinstance(v, (bool, int))})
+        flags["checkpointing"] = optimizer.model.model.activation_checkpointing
         return plain_step(optimizer, lr)
 
     def replace(source, target):  # how every file comes to its name
