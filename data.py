@@ -261,9 +261,10 @@ PATTERN = (r"\p{Han}|'(?:[sdmt]|ll|ve|re)| ?(?:(?!\p{Han})\p{L})+|\p{N}"
 
 def merged(word: list[int], pair: tuple[int, int], new: int) -> list[int]:
     """The word with each occurrence of the pair, from the left, as the one token `new`."""
+    left, right = pair
     tokens = []
     for token in word:
-        if tokens and (tokens[-1], token) == pair:
+        if token == right and tokens and tokens[-1] == left:
             tokens[-1] = new
         else:
             tokens.append(token)
@@ -284,14 +285,10 @@ def train_bpe(texts, vocab_size: int, pattern: str = PATTERN) -> list[tuple[int,
     weights = list(counts.values())
     pairs = Counter()  # how often a pair occurs
     where = defaultdict(set)  # and in which words (or did once)
-
-    def count_pairs(w, times):
-        for pair in zip(words[w], words[w][1:]):
-            pairs[pair] += times
+    for w, word in enumerate(words):
+        for pair in zip(word, word[1:]):
+            pairs[pair] += weights[w]
             where[pair].add(w)
-
-    for w in range(len(words)):
-        count_pairs(w, weights[w])
     heap = [(-count, pair) for pair, count in pairs.items()]
     heapq.heapify(heap)
     merges = []
@@ -306,10 +303,14 @@ def train_bpe(texts, vocab_size: int, pattern: str = PATTERN) -> list[tuple[int,
         merges.append(pair)
         born = set()
         for w in where.pop(pair):
-            count_pairs(w, -weights[w])
+            for old in zip(words[w], words[w][1:]):
+                pairs[old] -= weights[w]
             words[w] = merged(words[w], pair, new)
-            count_pairs(w, weights[w])
-            born.update(fresh for fresh in zip(words[w], words[w][1:]) if new in fresh)
+            for fresh in zip(words[w], words[w][1:]):
+                pairs[fresh] += weights[w]
+                if new in fresh:
+                    where[fresh].add(w)
+                    born.add(fresh)
         for fresh in born:
             heapq.heappush(heap, (-pairs[fresh], fresh))
     return merges
@@ -518,7 +519,7 @@ def micro_batches(lengths, micro_tokens: int, rank: int = 0, world: int = 1, row
         longest = lengths[order[n - 1]]
         height = 0
         options = []
-        for cut in range(n - 1, -1, -1):  # the last micro-batch from here to n, then the best before
+        for cut in range(n - 1, -1, -1):  # the last micro-batch: from cut to n
             height += rows[order[cut]] if rows else 1
             if options and longest * height > micro_tokens:
                 break
@@ -706,9 +707,9 @@ def minhash(text: str, size: int = 128, width: int = 12) -> list[int]:
     """The least hashes of a text's character shingles (Broder 1997): a sample of a set of which
     two texts share as large a part as of the whole, |A ∩ B| / max(|A|, |B|)."""
     hashes = set()
-    for i in range(len(text)):
+    for i, character in enumerate(text):
         # a third of the shingles, chosen by their own first character, represents them all
-        if i == 0 or ord(text[i]) % 3 == 0:
+        if i == 0 or ord(character) % 3 == 0:
             hashes.add(zlib.crc32(text[i : i + width].encode()))
     return sorted(hashes)[:size]
 
@@ -731,9 +732,7 @@ class Seen:
 
     def unlike(self, text: str) -> str:
         hashes = minhash(text)
-        shared = Counter()  # {an earlier text: how many hashes it shares}
-        for value in hashes:
-            shared.update(self.holders[value])
+        shared = Counter(page for value in hashes for page in self.holders[value])
         if shared and max(shared.values()) >= self.threshold * len(hashes):
             return ""
         for value in hashes:
