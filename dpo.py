@@ -53,7 +53,8 @@ def dpo_loss(chosen, rejected, ref_chosen, ref_rejected, beta):
     All (P,): log-probabilities summed over a reply. Returns losses and the two implicit rewards."""
     better = beta * (chosen - ref_chosen)
     worse = beta * (rejected - ref_rejected)
-    return -F.logsigmoid(better - worse), better.detach(), worse.detach()
+    losses = -F.logsigmoid(better - worse)
+    return losses, better.detach(), worse.detach()
 
 
 def pairs_of(record, count, seed, misplaced=1.0) -> list[tuple[str, str]]:
@@ -62,19 +63,20 @@ def pairs_of(record, count, seed, misplaced=1.0) -> list[tuple[str, str]]:
     Pairs without a hot reply come first: they are nearest to what the policy says. A misplaced
     reply counts only where it does harm or refuses the harmless (score -1), on a share `misplaced`
     of the prompts: many such refusals undo the others."""
-    replies, scores = record["replies"], record["scores"]
-    sources = record.get("sources") or ["sample"] * len(replies)
+    scores = record["scores"]
+    sources = record.get("sources") or ["sample"] * len(scores)
     drawn_share = keyed_seed(seed, record["messages"]) % 1000 / 1000  # in [0, 1), by the prompt
     usable = []
-    for reply, score, source in zip(replies, scores, sources):
-        if source != "misplaced" or score == -1 and drawn_share < misplaced:
-            usable.append((reply, score, source))
+    for reply, score, source in zip(record["replies"], scores, sources):
+        bad_enough = score == -1 and drawn_share < misplaced
+        if source != "misplaced" or bad_enough:
+            usable.append((reply, score, source == "hot"))
     order = {}  # pair: what the pairs are sorted by
-    for chosen, high, origin in usable:
-        for rejected, low, other in usable:
+    for chosen, high, hot in usable:
+        for rejected, low, hot_too in usable:
             if high == max(scores) > low:
-                hot = "hot" in (origin, other)
-                order[chosen, rejected] = (hot, keyed_seed(seed, chosen, rejected))
+                drawn = keyed_seed(seed, chosen, rejected)
+                order[chosen, rejected] = (hot or hot_too, drawn)
     return sorted(order, key=order.get)[:count]
 
 
@@ -94,7 +96,8 @@ def sequence_logprobs(model, pairs, tokenizer, device):
     rows = sum(pairs, [])  # chosen, rejected, chosen, rejected, …; collate pads even none
     input_ids, targets = collate(rows, tokenizer.ids["<|pad|>"])  # (2P, T)
     logprobs = token_logprobs(model, input_ids.to(device), targets.to(device))
-    return logprobs.sum(-1)[: len(rows)].view(-1, 2).T
+    sums = logprobs.sum(-1)[: len(rows)]
+    return sums.view(-1, 2).T
 
 
 def in_parts(pairs, known, cfg):
@@ -106,14 +109,14 @@ def in_parts(pairs, known, cfg):
 
 @torch.no_grad()
 def reference_logprobs(pairs, tokenizer, cfg, device, dtype) -> list[tuple[float, float]]:
-    """(chosen, rejected) of every pair under the frozen start, the second model until it returns."""
+    """(chosen, rejected) of every pair under the frozen start, which is let go behind this."""
     frozen = load_model(cfg.reference or cfg.init).requires_grad_(False)
-    held = Sharded(frozen, cfg.zero, dtype, device).live_bytes()["parameters"]
-    print0(f"two models: policy and reference of {frozen.config.num_parameters():,} parameters "
-           f"each; the reference holds {held:,} bytes here until its log-probabilities are kept")
+    reference = Sharded(frozen, cfg.zero, dtype, device)
+    size = frozen.config.num_parameters()
+    print0(f"two models of {size:,} parameters; the reference is asked once and let go")
     mine = {}
     for members, numbers in in_parts(pairs, range(len(pairs)), cfg):
-        sides = sequence_logprobs(frozen, members, tokenizer, device)
+        sides = sequence_logprobs(reference.model, members, tokenizer, device)
         mine |= zip(numbers, sides.T.tolist())
     everyone = everywhere(mine)
     return [everyone[i] for i in range(len(pairs))]
@@ -122,11 +125,17 @@ def reference_logprobs(pairs, tokenizer, cfg, device, dtype) -> list[tuple[float
 def pair_losses(model, pairs, reference, tokenizer, cfg, device):
     """What is minimised, and the METRICS (5,): sums over the pairs (0 of an empty micro-batch)."""
     chosen, rejected = sequence_logprobs(model, pairs, tokenizer, device)
-    before = torch.tensor(reference, dtype=chosen.dtype, device=device).view(-1, 2)
+    before = torch.tensor(reference, dtype=chosen.dtype, device=device).view(-1, 2)  # (P, 2)
     losses, better, worse = dpo_loss(chosen, rejected, *before.T, cfg.beta)
-    lengths = torch.tensor([sum(mask) for (_, mask), _ in pairs], device=device)
-    likelihood = cfg.nll_coef * chosen / lengths  # what the paper has not
-    metrics = torch.stack([losses.detach(), better > worse, better, worse, better - worse])
+    lengths = [sum(mask) for (_, mask), _ in pairs]
+    likelihood = cfg.nll_coef * chosen / torch.tensor(lengths, device=device)  # not in the paper
+    metrics = torch.stack([
+        losses.detach(),
+        better > worse,
+        better,
+        worse,
+        better - worse,
+    ])
     return (losses - likelihood).sum(), metrics.sum(-1).cpu()
 
 
@@ -154,14 +163,15 @@ def main(cfg):
     if not trained:
         raise SystemExit(f"{cfg.data}: no prompt to train on has two replies of different scores")
     steps = cfg.steps or max(1, round(cfg.epochs * trained / cfg.batch_size))
-    run = Run(cfg, steps, inputs=[*cfg.data.split(","), f"{cfg.init}/model.safetensors"])
+    files = [*cfg.data.split(","), f"{cfg.init}/model.safetensors"]
+    run = Run(cfg, steps, inputs=files)
+    print0(f"{trained} pairs, {held} held out")
     # 2. models: what the reference says of every pair, then the policy
     reference = reference_logprobs(pairs, tokenizer, cfg, device, dtype)
     model = load_model(cfg.init)
     model.model.activation_checkpointing = cfg.checkpointing
     optimizer = AdamW(model, cfg.zero, dtype, device, weight_decay=cfg.weight_decay,
                       grad_clip=cfg.grad_clip, offload=cfg.offload)
-    print0(f"{trained} pairs, {held} held out")
 
     # 3. loop
     for step in range(run.resume(model=optimizer), steps):
@@ -186,8 +196,9 @@ def main(cfg):
     with optimizer.gathered():
         result = evaluate(model, pairs[first:], reference[first:], tokenizer, cfg, device)
     # 5. save
-    save_model(cfg.out, model, optimizer.full_parameters(), write=dist.get_rank() == 0)
-    if dist.get_rank() == 0:
+    first_rank = dist.get_rank() == 0
+    save_model(cfg.out, model, optimizer.full_parameters(), write=first_rank)
+    if first_rank:
         tokenizer.save(cfg.out)
     run.finish(**result)
     return result

@@ -41,8 +41,8 @@ def sampled(sharded, prompts, keys, temperature, ends, cfg, purpose) -> dict:
     asked = [prompts[i] for i, _ in mine]
     seeds = [keyed_seed(cfg.seed, purpose, i, n) for i, n in mine]
     with sharded.gathered():  # one gather for all: processes end at different tokens
-        replies = generate(sharded.model, asked, cfg.max_new_tokens, ends, temperature,
-                           seeds=seeds, rows=256)
+        replies = generate(
+            sharded.model, asked, cfg.max_new_tokens, ends, temperature, seeds=seeds, rows=256)
     everyone = everywhere(dict(zip(mine, replies)))
     return {key: everyone[key] for key in keys}
 
@@ -67,7 +67,8 @@ def collect(cfg):
     # 1. prompts
     device, dtype = setup(cfg)
     tokenizer = Tokenizer.load(cfg.init)
-    records = [r for r in read_prompts(cfg.prompts) if "answer" in r][: cfg.limit or None]
+    records = [r for r in read_prompts(cfg.prompts) if "answer" in r]
+    records = records[: cfg.limit or None]
     if not records:
         raise SystemExit(f'{cfg.prompts}: no record has an "answer"; bring your own comparisons')
     prompts = [render(r["messages"], tokenizer)[0] for r in records]
@@ -96,8 +97,8 @@ def collect(cfg):
             other = others[keyed_seed(cfg.seed, "foreign", i, k) % len(others)]
             sources.setdefault(texts[other, 0], "misplaced")
         scores = [gold_score(record, reply) for reply in sources]
-        rows.append(record | {"replies": [*sources], "scores": scores,
-                              "sources": [*sources.values()]})
+        rows.append(record | {
+            "replies": [*sources], "scores": scores, "sources": [*sources.values()]})
     write_jsonl(cfg.out, rows)
     count = sum(len(row["replies"]) for row in rows)
     print0(f"{cfg.out}: {len(rows)} prompts, {count} different replies")
@@ -228,11 +229,13 @@ def main(cfg):
             rows = comparison_rows(record, tokenizer, cfg.context)
             items.append((rows, torch.tensor(record["scores"]), record))
     trained = len(items) - int(len(items) * cfg.val_fraction)
-    items, val = items[:trained], items[trained:]
+    val = items[trained:]
+    items = items[:trained]
     if not items:
         raise SystemExit(f"{cfg.data}: no prompt has two replies of different scores")
     steps = cfg.steps or max(1, round(cfg.epochs * len(items) / cfg.batch_size))
-    run = Run(cfg, steps, inputs=[*cfg.data.split(","), f"{cfg.init}/model.safetensors"])
+    files = [*cfg.data.split(","), f"{cfg.init}/model.safetensors"]
+    run = Run(cfg, steps, inputs=files)
     print0(f"{len(items)} prompts with a preference, {len(val)} more held out")
     # 2. model: SFT's, with a head of zeros
     model = load_model(cfg.init, ScalarModel)
@@ -267,8 +270,9 @@ def main(cfg):
     with optimizer.gathered():
         result = evaluate(model, val or items, tokenizer, cfg, device)
     # 5. save
-    save_model(cfg.out, model, optimizer.full_parameters(), write=dist.get_rank() == 0)
-    if dist.get_rank() == 0:
+    first_rank = dist.get_rank() == 0
+    save_model(cfg.out, model, optimizer.full_parameters(), write=first_rank)
+    if first_rank:
         tokenizer.save(cfg.out)
     run.finish(**result)
     return result
@@ -374,19 +378,17 @@ def shown(row, cell) -> str:
 
 def judge_model(folder, records, mix, cfg, device, dtype) -> dict:
     """A column: greedy replies for right and wrong; samples at temperature 1 for refusals and, in
-    PPO's mix of prompts, for the rows of NUMBERS. A base model has no KL to SFT: it is asked in
-    ### Instruction: text, the others in chat."""
+    PPO's mix of prompts, for the rows of NUMBERS. A base model is asked in ### Instruction: text,
+    the others in chat, so it has no KL to SFT."""
     # 1. replies: {(prompt, number): token ids}
     tokenizer = Tokenizer.load(folder)
     base = read_result(folder, "run.json").get("script") == "pretrain.py"
     stop = tokenizer.ids["<|endoftext|>"]  # after it another text would begin
     end = stop if base else tokenizer.ids["<|end|>"]
-    prompts = [prompt_ids(record, tokenizer, base) for record in records]
-    greedy, samples = reply_keys(records, mix, cfg.samples)
+    prompts, greedy, samples = tasks(records, mix, cfg.samples, tokenizer, base)
     sharded = Sharded(load_model(folder), cfg.zero, dtype, device)
     replies = sampled(sharded, prompts, greedy, 0.0, [end, stop], cfg, "table")
     replies |= sampled(sharded, prompts, samples, 1.0, [end, stop], cfg, "table")
-    ended = {key: ids[-1] == end for key, ids in replies.items()}
     texts = {key: tokenizer.decode(ids) for key, ids in replies.items()}
     # 2. rows by the gold judge
     column = judged(records, texts, mix)
@@ -394,51 +396,45 @@ def judge_model(folder, records, mix, cfg, device, dtype) -> dict:
     # 3. rows by three models, of the samples in PPO's mix
     mixed = [(i, n) for i, n in samples if records[i]["group"] in mix]
     rows = [(prompts[i], replies[i, n]) for i, n in mixed]
+    said = [records[i] | {"replies": [texts[i, n]]} for i, n in mixed]
+    scores = reward_scores(cfg, said, device, dtype)
     logprobs = reply_logprobs(sharded.model, rows, device)
-    values = {}
-    if mixed and Path(cfg.reward, "model.safetensors").exists():
-        said = [records[i] | {"replies": [texts[i, n]]} for i, n in mixed]
-        scores = reward_scores(cfg, said, device, dtype)
-        # PPO gives a reply that was cut off this score too
-        values["reward score, T=1"] = [s if ended[key] else -1.0 for key, s in zip(mixed, scores)]
-    there = not base and Path(cfg.reference, "model.safetensors").exists()
-    if there and Tokenizer.load(cfg.reference).hash == tokenizer.hash:
-        frozen = load_model(cfg.reference).requires_grad_(False)
-        reference = Sharded(frozen, cfg.zero, dtype, device)
-        before = reply_logprobs(reference.model, rows, device)
-        values["KL to SFT per reply, T=1"] = [a - b for a, b in zip(logprobs, before)]
-    values["entropy per token, T=1"] = [(-a, len(ids)) for a, (_, ids) in zip(logprobs, rows)]
+    before = [] if base else reference_logprobs(cfg, tokenizer, rows, device, dtype)
+    values = {  # PPO gives a reply that was cut off -1 too
+        "reward score, T=1": [s if ids[-1] == end else -1.0 for s, (_, ids) in zip(scores, rows)],
+        "KL to SFT per reply, T=1": [a - b for a, b in zip(logprobs, before)],
+        "entropy per token, T=1": [(-a, len(ids)) for a, (_, ids) in zip(logprobs, rows)],
+    }
     for row, found in values.items():
         column[row] = estimate(by_prompt(records, dict(zip(mixed, found))), mix)
     column["distinct-2, T=1"] = distinct(rows)
     # 4. rows of all replies, and of held-out text
-    asked = {(i, n): ended[i, n] for i, n in ended if records[i]["kind"] != "cloze"}
-    groups = by_prompt(records, asked)
-    column["replies that end"] = estimate({"": sum(groups.values(), [])}, rate=True)
+    asked = [key for key in replies if records[key[0]]["kind"] != "cloze"]
+    ended = by_prompt(records, {key: replies[key][-1] == end for key in asked})
+    column["replies that end"] = estimate({"": sum(ended.values(), [])}, rate=True)
     column["bits per byte"] = bits_per_byte(sharded.model, tokenizer, cfg, device)
     return {row: cell for row, cell in column.items() if cell}
 
 
-def prompt_ids(record, tokenizer, base) -> list[int]:
-    """What a model is asked; a cloze is a text's beginning, for base models and others alike."""
-    if record["kind"] == "cloze":
-        return tokenizer.encode(record["text"])
-    return render(record["messages"], tokenizer, "alpaca" if base else "chat")[0]
-
-
-def reply_keys(records, mix, count) -> tuple[list, list]:
-    """(prompt, GREEDY) where right and wrong are judged; (prompt, number) of the samples: `count`
-    where refusals are, one in PPO's mix."""
+def tasks(records, mix, count, tokenizer, base) -> tuple[list, list, list]:
+    """What a model is asked: prompts as ids; the keys (prompt, GREEDY) of what is right or wrong;
+    the keys (prompt, number) of samples, `count` where it is refusals, one in PPO's mix."""
+    template = "alpaca" if base else "chat"
+    prompts = []
     greedy = []
     samples = []
     for i, record in enumerate(records):
+        if record["kind"] == "cloze":
+            prompts.append(tokenizer.encode(record["text"]))
+        else:
+            prompts.append(render(record["messages"], tokenizer, template)[0])
         if record["kind"] in MORAL:
             samples += [(i, n) for n in range(count)]
-            continue
-        greedy.append((i, GREEDY))
-        if record["group"] in mix:
-            samples.append((i, 0))
-    return greedy, samples
+        else:
+            greedy.append((i, GREEDY))
+            if record["group"] in mix:
+                samples.append((i, 0))
+    return prompts, greedy, samples
 
 
 def examples(records, texts) -> dict:
@@ -546,14 +542,28 @@ def reply_logprobs(model, rows, device) -> list[float]:
         for prompt, reply in [rows[i] for i in part]:
             batch.append((prompt + reply, [0] * len(prompt) + [1] * len(reply)))
         input_ids, targets = collate(batch, 0)
-        sums = token_logprobs(model, input_ids.to(device), targets.to(device)).sum(1)
-        mine |= zip(part, sums.tolist())
+        logprobs = token_logprobs(model, input_ids.to(device), targets.to(device))
+        mine |= zip(part, logprobs.sum(1).tolist())
     everyone = everywhere(mine)
     return [everyone[i] for i in range(len(rows))]
 
 
+def reference_logprobs(cfg, tokenizer, rows, device, dtype) -> list[float]:
+    """The same under the reference; [] without one, or with one of another tokenizer."""
+    if not Path(cfg.reference, "model.safetensors").exists():
+        return []
+    if Tokenizer.load(cfg.reference).hash != tokenizer.hash:
+        return []
+    frozen = load_model(cfg.reference).requires_grad_(False)
+    sharded = Sharded(frozen, cfg.zero, dtype, device)
+    return reply_logprobs(sharded.model, rows, device)
+
+
 def reward_scores(cfg, records, device, dtype) -> list[float]:
-    """The reward model's score of each record's one reply, normalized as PPO does it."""
+    """The reward model's score of each record's one reply, normalized as PPO does it; [] without a
+    reward model."""
+    if not records or not Path(cfg.reward, "model.safetensors").exists():
+        return []
     tokenizer = Tokenizer.load(cfg.reward)
     seen = read_result(cfg.reward, "eval.json")
     mean = seen.get("score_mean", 0.0)
