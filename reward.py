@@ -74,7 +74,8 @@ def collect(cfg):
     prompts = [render(r["messages"], tokenizer)[0] for r in records]
     # 2. replies, all of one temperature together
     heats = sorted(float(heat) for heat in cfg.temperatures.split(","))
-    ends = [tokenizer.ids["<|end|>"], tokenizer.ids["<|endoftext|>"]]
+    end = tokenizer.ids["<|end|>"]
+    ends = [end, tokenizer.ids["<|endoftext|>"]]
     sharded = Sharded(load_model(cfg.init), cfg.zero, dtype, device)
     replies = {}
     for heat in sorted(set(heats)):
@@ -90,7 +91,7 @@ def collect(cfg):
     for i, record in enumerate(records):
         sources = {}  # of each reply, where it was seen first
         for n, heat in enumerate(heats):
-            if replies[i, n][-1] == ends[0]:  # what was cut off is no reply
+            if replies[i, n][-1] == end:  # what was cut off is no reply
                 sources.setdefault(texts[i, n], "hot" if heat > heats[0] else "sample")
         for k in range(cfg.foreign):
             others = elsewhere[i] or [i]
@@ -338,10 +339,10 @@ def held_out(data, prompts, limit=0) -> tuple[list[dict], Counter]:
     records = []
     for _, record in read_json(data):
         record = {"family": "", "kind": "exact", "split": ""} | record
-        record["group"] = f"{record['family']} / {record['split']}"
-        seen[record["group"]] += 1
-        if not limit or seen[record["group"]] <= limit:
-            records.append(record)
+        group = f"{record['family']} / {record['split']}"
+        seen[group] += 1
+        if not limit or seen[group] <= limit:
+            records.append(record | {"group": group})
     asked = read_prompts(prompts) if Path(prompts).exists() else []
     return records, Counter(f"{r.get('family', '')} / combination" for r in asked)
 
@@ -409,7 +410,7 @@ def judge_model(folder, records, mix, cfg, device, dtype) -> dict:
         column[row] = estimate(by_prompt(records, dict(zip(mixed, found))), mix)
     column["distinct-2, T=1"] = distinct(rows)
     # 4. rows of all replies, and of held-out text
-    asked = [key for key in replies if records[key[0]]["kind"] != "cloze"]
+    asked = [(i, n) for i, n in replies if records[i]["kind"] != "cloze"]
     ended = by_prompt(records, {key: replies[key][-1] == end for key in asked})
     column["replies that end"] = estimate({"": sum(ended.values(), [])}, rate=True)
     column["bits per byte"] = bits_per_byte(sharded.model, tokenizer, cfg, device)
@@ -442,7 +443,8 @@ def examples(records, texts) -> dict:
     found = defaultdict(list)
     for (i, _), text in texts.items():
         if records[i]["split"] == "document":
-            found[records[i]["messages"][-1]["content"]].append(text)
+            question = records[i]["messages"][-1]["content"]
+            found[question].append(text)
     return found
 
 
@@ -500,7 +502,7 @@ def estimate(groups, weights=None, rate=False) -> dict:
     # The mean: families are strata, each with its mean and its weight.
     weights = weights or dict.fromkeys(pairs, 1)
     above, below = sum(weights[family] * rows.mean(0) for family, rows in pairs.items())
-    mean = above / below
+    mean = float(above / below)
     # Its variance: that of each family's mean, s² / n, times its weight's square.
     variance = 0.0
     for family, rows in pairs.items():
@@ -510,12 +512,12 @@ def estimate(groups, weights=None, rate=False) -> dict:
         spread = off.var(ddof=1) if len(off) > 1 else 0.0
         variance += (weights[family] / below) ** 2 * spread / len(rows)
     # The interval: 95 % of a normal distribution lie within 1.96 standard deviations.
-    half = 1.96 * variance**0.5
+    half = 1.96 * float(variance**0.5)
     least, most = (0.0, 1.0) if rate else (-math.inf, math.inf)
     return {
-        "mean": float(mean),
-        "low": float(max(least, mean - half)),
-        "high": float(min(most, mean + half)),
+        "mean": mean,
+        "low": max(least, mean - half),
+        "high": min(most, mean + half),
         "n": sum(map(len, pairs.values())),
     }
 
