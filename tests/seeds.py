@@ -189,15 +189,15 @@ def road(args) -> dict:
     return first | {name: column for name, column in columns.items() if name not in first}
 
 
-def examples(columns) -> str:
-    """What each model replied to the documents' own examples, word for word."""
+def examples(columns) -> list[str]:
+    """Lines: what each model replied to the documents' own examples, word for word."""
     said = {Path(name).name: c["examples"] for name, c in columns.items() if "examples" in c}
     lines = []
     for prompt in next(iter(said.values()), ()):
         lines.append(f"\n{prompt}")
         for name, replies in said.items():
             lines.append(f"  {name:<8} {' | '.join(map(repr, replies[prompt]))}")
-    return "\n".join(lines)
+    return lines
 
 
 def main():
@@ -216,7 +216,7 @@ def main():
     args = parser.parse_args()
     columns = road(args) if args.command == "road" else merged(args.tables)
     path = args.table if args.command == "road" else args.out
-    print(reward.markdown(columns) + "\n" + examples(columns))
+    print(reward.markdown(columns), *examples(columns), sep="\n")
     figure(columns, Path(path).with_suffix(".svg"))
     write_json(path, columns)
 
