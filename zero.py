@@ -75,7 +75,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 def plan(parameters, world, sixteen_bit=True, micro_batches=1, offload=False, once=0):
     """The first table above, a dict per stage: bytes per rank at rest, bytes it sends per step.
-
     Offload moves the fp32 master weights and Adam's moments, 12 bytes, to the host. once: number of
     parameters that stage 3 gathers once per micro-batch and not twice, see `gathered_once`."""
     weight, state = (2, 12) if sixteen_bit else (4, 8)
@@ -187,7 +186,6 @@ class Unit:
     lo, hi            the part [lo, hi) that this rank's Adam updates; in stage 0 it is everything
     flat, shard       the whole weights; that part of them, in stages 0-2 a view of flat
     filling           works that fill flat, [] when it is full; None: it has no memory (stage 3)
-    hole              what the parameters show meanwhile
     bucket, grad      the whole gradient; that part of it, in stages 0 and 1 a view of the bucket
     arrived           number of parameters whose gradient is in the bucket (this micro-batch)
     received          other ranks' slices of a gradient that is being summed
@@ -201,14 +199,11 @@ class Unit:
         rank, world = dist.get_rank(), dist.get_world_size()
         first, parts = (rank, world) if sharded.split_state else (0, 1)
         part = len(self.flat) // parts
-        self.lo = first * part
-        self.hi = self.lo + part
+        self.lo, self.hi = first * part, (first + 1) * part
         self.shard = self.flat[self.lo : self.hi]
         if sharded.split_params:
             self.shard = self.shard.clone()  # outlives the buffer
         self.filling = []
-        # A weight that is used while flat has no memory must be noticed: a NaN makes the loss NaN.
-        self.hole = torch.tensor(math.nan, dtype=sharded.dtype, device=sharded.device)
         self.grad = self.bucket = self.received = None
         self.arrived = 0
         if self.trainable:
@@ -278,8 +273,11 @@ class Unit:
         if self.filling is None:
             return
         wait(self.filling)
+        # A weight used by mistake while it is away must be noticed. What stands in for it has the
+        # right shape and one element's memory: NaN, so that the loss becomes NaN.
+        hole = self.flat.new_full((), math.nan)
         for p in self.places:
-            p.data = self.hole.expand(p.shape)  # the right shape, and no memory
+            p.data = hole.expand(p.shape)
         # Dropping the tensor would free nothing: autograd saved views of it for the backward pass,
         # and they hold its memory. So that is taken away under them; the gather before the layer's
         # backward puts it back, and the views see the weights again.
@@ -645,11 +643,11 @@ def load_state(folder, optimizers) -> dict:
     chosen = [None]
     if dist.get_rank() == 0:
         for manifest in sorted(Path(folder).glob("step-*/manifest.json"), reverse=True):
-            numbers, files, damaged = read_manifest(manifest)
-            if not damaged:
-                chosen = [(numbers, files)]
+            try:
+                chosen = [whole_state(manifest)]
                 break
-            print(f"{damaged} is damaged; going back to the state before it", flush=True)
+            except ValueError as damaged:
+                print(f"{damaged} is damaged; going back to the state before it", flush=True)
     dist.broadcast_object_list(chosen, 0)
     if chosen[0] is None:
         return {}
@@ -660,21 +658,20 @@ def load_state(folder, optimizers) -> dict:
     return numbers
 
 
-def read_manifest(manifest):
-    """(numbers of a saved state, its files, the first damaged one or None)."""
+def whole_state(manifest) -> tuple[dict, list[str]]:
+    """A saved state's numbers and files; ValueError(path) if one of them is not as written."""
     try:
         numbers = json.loads(manifest.read_bytes())
-        if numbers.pop("check") != keyed_seed(numbers):
-            return None, [], manifest
+        whole = numbers.pop("check") == keyed_seed(numbers)
     except (ValueError, KeyError, AttributeError):  # no JSON, or of another form
-        return None, [], manifest
-    files = []
-    for rank, digest in enumerate(numbers["files"]):
-        file = manifest.with_name(f"rank-{rank}.pt")
+        whole = False
+    if not whole:
+        raise ValueError(manifest)
+    files = [manifest.with_name(f"rank-{r}.pt") for r in range(len(numbers["files"]))]
+    for file, digest in zip(files, numbers["files"]):
         if not file.exists() or file_hash(file) != digest:
-            return numbers, files, file
-        files.append(str(file))
-    return numbers, files, None
+            raise ValueError(file)
+    return numbers, [str(file) for file in files]
 
 
 # ==================================================================================================
@@ -803,7 +800,8 @@ def setup(cfg) -> tuple[torch.device, torch.dtype]:
     if cuda:
         torch.cuda.set_device(device)
     if not dist.is_initialized():
-        rank, world, store = 0, 1, dist.HashStore()
+        rank, world = 0, 1
+        store = dist.HashStore()
         if "RANK" in env:  # torchrun
             rank, world = int(env["RANK"]), int(env["WORLD_SIZE"])
             store = meeting_place("ranks", cfg.timeout)
@@ -1246,7 +1244,7 @@ class Peak(TorchDispatchMode):
 
 
 def saved_bytes(loss, model) -> int:
-    """Bytes that loss() keeps for backward beside the parameters: D0's residual states."""
+    """Bytes that loss(model) keeps for backward beside the parameters: D0's residual states."""
     own = {p.untyped_storage().data_ptr() for p in model.parameters()}
     kept = {}
 
@@ -1257,7 +1255,7 @@ def saved_bytes(loss, model) -> int:
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        result = loss()
+        result = loss(model)
     del result  # until here all that was packed lived, each at a place of its own
     return sum(kept.values())
 
@@ -1295,10 +1293,9 @@ def measure(cfg, model):
         return -logprobs.mean() / cfg.micro_batches / world
 
     optimizer = build(0)
-    net = optimizer.model
     for recompute in (False, True):
-        net.model.activation_checkpointing = recompute
-        kept = saved_bytes(lambda: loss(net), net)
+        optimizer.model.model.activation_checkpointing = recompute
+        kept = saved_bytes(loss, optimizer.model)
         print0(f"saved for backward: {kept:,} bytes, activation checkpointing {recompute}")
     size = sum(unit.flat.numel() for unit in optimizer.units)  # padding included
     plans = plan(size, world, dtype.itemsize == 2, cfg.micro_batches, cfg.offload,

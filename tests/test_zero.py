@@ -273,7 +273,7 @@ def test_measure_prints_a_real_model_in_every_stage_equal_to_the_plan(ranks, wor
 def test_saved_bytes_are_the_tensors_that_backward_needs(alone):
     net = torch.nn.Sequential(torch.nn.Linear(5, 7), torch.nn.Tanh())
     x = torch.ones(3, 5)
-    assert z.saved_bytes(lambda: net(x).sum(), net) == 4 * (3 * 5 + 3 * 7)  # x, and tanh's output
+    assert z.saved_bytes(lambda net: net(x).sum(), net) == 4 * (3 * 5 + 3 * 7)  # x, and tanh's output
 
 
 def traffic(rank, stage, k, changes, checkpointing):
