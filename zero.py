@@ -822,11 +822,12 @@ def setup(cfg) -> tuple[torch.device, torch.dtype]:
     share = max(1, cores // int(env.get("LOCAL_WORLD_SIZE", 1)))
     torch.set_num_threads(cfg.threads or share)  # torchrun's own default is 1
     torch.manual_seed(cfg.seed)  # equal weights on every rank; batches are keyed by step instead
-    name = cfg.dtype
+    name, why = cfg.dtype, ""
     if name == "auto":
-        name = "bf16" if fast_bf16(device) else "fp32"
+        fast = fast_bf16(device)
+        name, why = ("bf16", " (fast here)") if fast else ("fp32", " (no fast bf16 here)")
     print0(f"{dist.get_world_size()} process(es) x {torch.get_num_threads()} threads of {cores} "
-           f"cores, {device}, {dist.get_backend()}, {name}, ZeRO stage {cfg.zero}")
+           f"cores, {device}, {dist.get_backend()}, {name}{why}, ZeRO stage {cfg.zero}")
     return device, DTYPES[name]
 
 

@@ -433,21 +433,22 @@ def test_curves_have_units_and_a_centred_mean(folder, monkeypatch):
     run.resume(policy=optimizer("tied", 0))
     for step in range(150):
         some = {"kl": 0.5} if step >= 100 else {}  # a metric of the last steps
-        run.log(step, lr=step, policy_loss=step, **some)
-    run.curves()
+        run.log(step, lr=step, policy_loss=step, loss=step, **some)
+    with monkeypatch.context() as patch, pytest.raises(OSError):
+        patch.setattr(z, "plot", full)
+        run.finish()
+    assert not (folder / "eval.json").exists()  # make takes it for the end of all
+    run.finish()
     for group in ElementTree.parse(folder / "curves.svg").findall("{*}g"):
         texts = [text.text for text in group.findall("{*}text")]
         lines = [line.get("points").split() for line in group.findall("{*}polyline")]
         panels[texts[0]] = texts, [[float(p.split(",")[1]) for p in line] for line in lines]
-    assert set(panels) == {"lr", "policy_loss", "kl"} and "step" in panels["kl"][0]
-    assert "nats" in panels["policy_loss"][0] and "nats per reply" in panels["kl"][0]
+    assert set(panels) == {"lr", "policy_loss", "loss", "kl"} and "step" in panels["kl"][0]
+    assert "nats" in panels["loss"][0] and "nats per reply" in panels["kl"][0]
+    assert "nats" not in panels["policy_loss"][0]  # advantages have no unit
     assert "150" in panels["kl"][0] and "50" not in panels["kl"][0]  # it begins where it was logged
     [_], [points, mean] = panels["lr"][1], panels["policy_loss"][1]
     assert abs(points[75] - mean[75]) < 0.2 < abs(points[0] - mean[0])  # half a window at an end
-    monkeypatch.setattr(z, "plot", full)
-    with pytest.raises(OSError):
-        run.finish()
-    assert not (folder / "eval.json").exists()  # make takes it for the end of all
 
 
 # ----------------------------------------------------------------- zero.py: optimizers, the plan
@@ -497,8 +498,8 @@ def test_the_plan_is_printed_in_both_ledgers_as_its_flags_say(shell):
         for stage, row in enumerate(z.plan(2e9, 4, sixteen, 3)):
             found = dict(zip(rows[head], map(float, rows[head + 1 + stage])))
             wanted = {"total": row["total"], "offloaded": away[stage]["total"],
-                      "host": away[stage]["host"], "sent/step": row["sent"],
-                      "seconds": row["sent"] / 5}
+                      "host": away[stage]["host"], "sent/step": row["sent/step"],
+                      "seconds": row["sent/step"] / 5}
             assert [found[key] * 1e9 for key in wanted] == pytest.approx([*wanted.values()], 1e-3)
     four = [float(row[-1]) * 1e9 for row in rows[heads[2] + 1 : heads[2] + 5]]
     assert four == pytest.approx([row["PPO"] for row in z.rlhf(2e9, 4)], rel=1e-3)

@@ -75,7 +75,8 @@ def drive(rank, folder, command, cfg, script):
         return [call.reply for call in calls[len(calls) - len(prompts) :]]
 
     def step(optimizer, lr):
-        assert optimizer.stage == cfg.zero, "--zero does not reach the optimizer"
+        split = (optimizer.split_state, optimizer.split_grads, optimizer.split_params)
+        assert sum(split) == cfg.zero, "--zero does not reach the optimizer"
         return plain_step(optimizer, lr)
 
     with (chdir(folder), redirect_stdout(printed), mock.patch.object(zero.AdamW, "step", step),
