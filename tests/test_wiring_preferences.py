@@ -4,8 +4,8 @@
 
 Whole optimizer steps, evaluations, collected files and tables, beside a plain side that knows no
 micro-batches, no padding, no ranks and no shards: a row goes through the model alone, every mean is
-written out, the optimizer is torch's. The scripts run on 1, 2 and 3 processes, each under another
-ZeRO stage. All in fp64: what differs is wrong.
+written out. The scripts run on 1, 2 and 3 processes, each under another ZeRO stage. All in fp64:
+what differs is wrong.
 """
 
 import io
@@ -128,19 +128,23 @@ def mean_of(rows):
 
 def train(model, items, loss, cfg):
     """A step per learning rate, and what each logs. loss(model, item) → (what is minimised,
-    {name: what is logged}); all items of a batch count alike, matrices alone decay."""
-    groups = [{"params": [p for p in model.parameters() if (p.dim() >= 2) == decays],
-               "weight_decay": cfg.weight_decay * decays} for decays in (True, False)]
-    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95))
+    {name: what is logged}); all items of a batch count alike. AdamW is the paper's, and only
+    matrices decay (torch's own judges zero.py in test_zero.py; it takes a second to load)."""
+    parameters = list(model.parameters())
+    moments = {p: (torch.zeros_like(p), torch.zeros_like(p)) for p in parameters}
     for step, lr in enumerate(LRS):
         chosen = epoch_rows(cfg.seed, step, cfg.batch_size, len(items))
         minimised, logged = zip(*(loss(model, items[i]) for i in chosen))
-        optimizer.zero_grad()
-        (sum(minimised) / len(chosen)).backward()
-        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip).item()
-        for group in groups:
-            group["lr"] = lr
-        optimizer.step()
+        gradients = torch.autograd.grad(sum(minimised) / len(chosen), parameters)
+        norm = math.sqrt(sum(float(g.square().sum()) for g in gradients))
+        for p, g in zip(parameters, gradients):
+            g = g * min(1.0, cfg.grad_clip / (norm + 1e-6))
+            mean_of_g, mean_of_squares = moments[p]
+            mean_of_g.lerp_(g, 1 - 0.9)
+            mean_of_squares.lerp_(g * g, 1 - 0.95)
+            spread = (mean_of_squares / (1 - 0.95 ** (step + 1))).sqrt()
+            decay = cfg.weight_decay * p.data if p.dim() >= 2 else 0.0
+            p.data -= lr * (mean_of_g / (1 - 0.9 ** (step + 1)) / (spread + 1e-8) + decay)
         yield mean_of(logged) | {"grad_norm": norm, "lr": lr}
 
 
