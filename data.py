@@ -19,8 +19,7 @@ import os
 import time
 import unicodedata
 import zlib
-from collections import Counter, defaultdict
-from collections.abc import Callable
+from collections import Counter, defaultdict, namedtuple
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import groupby
@@ -185,15 +184,6 @@ def transcript(side, where: str) -> list[dict]:
     return messages
 
 
-def are_scored(replies, scores) -> bool:
-    """As many numbers as texts, at least one."""
-    if not isinstance(replies, list) or not isinstance(scores, list) or not replies:
-        return False
-    texts = all(isinstance(reply, str) for reply in replies)
-    numbers = all(isinstance(score, (int, float)) for score in scores)
-    return texts and numbers and len(replies) == len(scores)
-
-
 def read_comparisons(paths: str) -> list[dict]:
     """Records {"messages": prompt, "replies": [str], "scores": [float]}: one prompt's N replies.
 
@@ -215,7 +205,10 @@ def read_comparisons(paths: str) -> list[dict]:
         elif isinstance(record.get("output"), list):
             replies = record["output"]
             scores = [-i for i in range(len(replies))]
-        if not are_scored(replies, scores):
+        listed = isinstance(replies, list) and isinstance(scores, list)
+        if not (listed and len(replies) == len(scores) > 0
+                and all(isinstance(reply, str) for reply in replies)
+                and all(isinstance(score, (int, float)) for score in scores)):
             raise SystemExit(f'{where}: a comparison needs "chosen" and "rejected", "output": '
                              '[best, ..., worst], or as many "scores" (numbers) as "replies" '
                              f'(texts); it has {", ".join(record)}')
@@ -1017,10 +1010,10 @@ def sums(q):
     """A sum with its steps written down ("_steps"), or answered at once ("_direct"). Of per cent:
     tens things, p % of which are of one part; how many are of the other?"""
     operation, style = q.family.split("_")
-    a = q.digit() * 10 + q.digit()
+    tens = q.digit() * 10
+    ones = q.digit()
+    a = tens + ones
     b = q.digit() * 10 + q.digit()
-    tens = a // 10 * 10
-    ones = a % 10
     if operation == "add":
         low = ones + b % 10
         high = a + b - low
@@ -1129,16 +1122,9 @@ def harm(q):
     return task
 
 
-@dataclass
-class Family:
-    """A family of questions: its task, its blocks ask_<words> and doc_<words> of world.txt, its
-    shares of the instructions and of the documents (0: it has no doc_ block)."""
-
-    task: Callable
-    words: str
-    instructions: int
-    documents: int
-
+# A family of questions: its task; its blocks ask_<words> and doc_<words> of world.txt; its shares
+# of the instructions and of the documents (0: it has no doc_ block).
+Family = namedtuple("Family", "task words instructions documents")
 
 # Direct sums are few: they are the contrast to written steps (思维链, D4 4.2.2).
 FAMILIES = {  #             task       words        instructions  documents
@@ -1400,16 +1386,6 @@ def spoil(rng: Random, texts: list[str], what: str) -> tuple[list[str], str]:
     return texts, ""
 
 
-def web_page(rng: Random, texts: list[str], place: float, what: str) -> dict:
-    site = rng.choice(("casino", "lottery")) if what == "bad URL" else "site"
-    url = f"https://{site}{rng.randrange(500)}.example/{place}"
-    texts, planted = spoil(rng, texts, what)
-    lines = [html.escape(text).replace("\n", "<br>") for text in texts]
-    body = "\r\n".join(f"<p>{line}</p>" for line in lines)
-    return {"url": url, "html": world_text()["page"].format(url=url, body=body),
-            "planted": [[what, planted]] if what else []}
-
-
 def crawl(documents: list[str], seed: int = 0) -> list[dict]:
     """Web pages of 12 to 28 documents each, with every defect that clean() should find.
 
@@ -1427,7 +1403,14 @@ def crawl(documents: list[str], seed: int = 0) -> list[dict]:
             place = start + 0.5 + rng.randrange(2000)  # a half: between two good pages
             drawn.append((place, rng.choice(DEFECTS)))
         for place, what in drawn:
-            pages.append((place, web_page(rng, texts, place, what)))
+            site = rng.choice(("casino", "lottery")) if what == "bad URL" else "site"
+            url = f"https://{site}{rng.randrange(500)}.example/{place}"
+            spoilt, planted = spoil(rng, texts, what)
+            lines = [html.escape(text).replace("\n", "<br>") for text in spoilt]
+            body = "\r\n".join(f"<p>{line}</p>" for line in lines)
+            page = {"url": url, "html": world_text()["page"].format(url=url, body=body),
+                    "planted": [[what, planted]] if what else []}
+            pages.append((place, page))
         start += len(texts)
     pages.sort(key=lambda page: page[0])
     return [page for _, page in pages]
