@@ -133,9 +133,9 @@ def respond(policy, queries, seeds, tokenizer, cfg) -> list[Rollout]:
     ends = [end, tokenizer.ids["<|endoftext|>"]]
     mine = range(dist.get_rank(), len(queries), dist.get_world_size())
     asked = [queries[i] for i in mine]
-    keys = [seeds[i] for i in mine]
+    seeds = [seeds[i] for i in mine]
     with policy.gathered():  # one gather for the whole rollout: ranks end at different tokens
-        replies = generate(policy.model, asked, cfg.max_new_tokens, ends, seeds=keys)
+        replies = generate(policy.model, asked, cfg.max_new_tokens, ends, seeds=seeds)
     everyone = everywhere(dict(zip(mine, replies)))
     rollouts = []
     for i, query in enumerate(queries):
@@ -180,8 +180,8 @@ def experience(policy, value, reference, reward, rollouts, norm, tokenizer, cfg,
     for part, members in in_parts(rollouts, cfg):
         sizes = [len(r.response) for r in members]
         said = []
-        for asked in (policy, value, reference):
-            tokens = response_tokens(asked.model, members, tokenizer, device)
+        for sharded in (policy, value, reference):
+            tokens = response_tokens(sharded.model, members, tokenizer, device)
             said.append(tokens.cpu().split(sizes))
         mine |= zip(part, zip(*said))
     everyone = everywhere(mine)
@@ -234,7 +234,7 @@ def update(policy, value, rollouts, step, tokenizer, cfg, device, rate) -> dict:
     tokens, the last gradient norm, and how far from 1 a ratio was before the first step."""
     sums = dict.fromkeys(METRICS, 0.0)
     tokens = 0
-    farthest = []  # from 1 that a ratio was, of each micro-batch before the first optimizer step
+    farthest = []  # from 1 that a ratio was, in each micro-batch before the first step
     for epoch in range(cfg.ppo_epochs):
         order = np.random.default_rng([cfg.seed, step, epoch]).permutation(len(rollouts))
         for chosen in np.array_split(order, min(cfg.minibatches, len(order))):
@@ -244,7 +244,7 @@ def update(policy, value, rollouts, step, tokenizer, cfg, device, rate) -> dict:
                 found, off = learn(policy, value, members, count, tokenizer, cfg, device)
                 for name in METRICS:
                     sums[name] += found[name]
-                if tokens == 0:
+                if tokens == 0:  # no step yet: the policy is still the one that replied
                     farthest.append(off)
             norm = policy.step(cfg.lr * rate)
             value.step(cfg.value_lr * rate)
