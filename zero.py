@@ -56,7 +56,7 @@ import sys
 import time
 import traceback
 import weakref
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Literal, get_args
@@ -305,8 +305,7 @@ class Sharded:
     def __init__(self, model, stage=0, dtype=None, device=None, overlap=True, offload=False):
         first = next(model.parameters())
         self.model = model
-        self.dtype = dtype or first.dtype
-        self.device = device or first.device
+        self.dtype, self.device = dtype or first.dtype, device or first.device
         self.overlap = overlap
         self.offload = offload
         self.split_state = stage >= 1  # the paper's P_os
@@ -607,8 +606,7 @@ class AdamW(Sharded):
                         getattr(unit, key)[lo - unit.lo : hi - unit.lo] = found
         self.t = states[0]["t"]
         if states[0]["dtype"] == str(self.dtype):
-            self.scale = states[0]["scale"]
-            self.good = states[0]["good"]
+            self.scale, self.good = states[0]["scale"], states[0]["good"]
         self.publish()
 
 
@@ -843,15 +841,12 @@ def cpu_cores() -> int:
     """Cores this process may use: the affinity mask, less what a container's quota takes away."""
     affinity = getattr(os, "sched_getaffinity", None)  # Linux only
     cores = len(affinity(0)) if affinity else os.cpu_count() or 1
-    for files in (["cpu.max"], ["cpu/cpu.cfs_quota_us", "cpu/cpu.cfs_period_us"]):  # cgroup 2, 1
-        try:
-            texts = [Path("/sys/fs/cgroup", file).read_text(encoding="utf-8") for file in files]
-            quota, period = map(int, " ".join(texts).split())
-        except (OSError, ValueError):  # no such cgroup, or "max"
-            continue
-        if quota > 0:
-            cores = max(1, min(cores, quota // period))
-    return cores
+    try:
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text(encoding="utf-8").split()
+        cores = min(cores, int(quota) // int(period))
+    except (OSError, ValueError):  # no such cgroup, or "max"
+        pass
+    return max(1, cores)
 
 
 def print0(*args, **kwargs):
@@ -884,9 +879,8 @@ def everywhere(mine: dict) -> dict:
 
 
 def prepared(ready, build):
-    """Rank 0 of each machine builds a file that all ranks need; the others wait on the file, not in
-    a collective, which would time out. ready() → bool looks at the disk; build() must end with an
-    atomic rename."""
+    """Rank 0 of each machine builds a file that all ranks need, ending with an atomic rename; the
+    others wait for the file (ready() → bool), not in a collective, which would time out."""
     first = int(os.environ.get("LOCAL_RANK", 0)) == 0
     while not ready():
         if first:
@@ -1318,25 +1312,19 @@ def measure(cfg, model):
 def train_stage(optimizer, loss, cfg, device) -> tuple[dict, dict]:
     """A few steps: bytes at rest; bytes at the peak, what is sent, time and memory."""
     peak_memory(device)  # counts from here
+    peak = Peak(optimizer)
     seconds = []
-
-    def step():
+    for step in range(cfg.steps + 1):
         SENT["bytes"] = 0
         began = time.perf_counter()
-        for _ in range(cfg.micro_batches):
-            optimizer.backward(loss(optimizer.model))
-        rest = optimizer.live_bytes()
-        optimizer.step(1e-3)
+        with peak if step == 0 else nullcontext():  # looking costs time: that step does not count
+            for _ in range(cfg.micro_batches):
+                optimizer.backward(loss(optimizer.model))
+            rest = optimizer.live_bytes()
+            optimizer.step(1e-3)
         seconds.append(time.perf_counter() - began)
-        return rest
-
-    with Peak(optimizer) as peak:
-        rest = step()
-    seconds.clear()  # looking costs time
-    for _ in range(cfg.steps):
-        step()
-    milliseconds = 1e3 * sorted(seconds)[cfg.steps // 2]  # the median
-    return rest, peak.most | {"sent/step": SENT["bytes"], "ms/step": milliseconds,
+    median = sorted(seconds[1:])[cfg.steps // 2]
+    return rest, peak.most | {"sent/step": SENT["bytes"], "ms/step": 1e3 * median,
                               "memory": peak_memory(device)}
 
 
