@@ -1,5 +1,5 @@
 """ZeRO by hand: data-parallel training with optimizer state, gradients and parameters split over
-the ranks (Rajbhandari et al. 2020, sections 3 to 7; D0 4.2.1).
+the ranks (Rajbhandari et al. 2020, sections 3, 5 and 7; D0 4.2.1).
 
     python zero.py plan --params 7.5e9 --world-size 64    bytes per GPU and traffic of every stage
     python zero.py plan --model llama-7b --world-size 8   a model by its shapes; --rlhf: PPO's four
@@ -16,17 +16,17 @@ with k micro-batches, Ψ bytes of weights, f = (N-1)/N:
 
 What happens when, to each unit (the parameters of a layer or block, in one flat buffer):
 
-                         stage 0             stage 1            stage 2              stage 3
-    before its forward   -                   -                  -                    all-gather it
-    before its backward  -                   -                  -                    all-gather it again
-    at a gradient        add it to the       as 0               add it to a bucket;  as 2
-    (the hook)           whole gradient                         full: reduce-scatter
-    after backward       -                   -                  keep the slice,      as 2; free all
-                                                                free the last bucket weights but 1/N
-    in step: gradients   reduce-scatter,     reduce-scatter     -                    -
-                         then all-gather
-             AdamW on    all of it           1/N of it          1/N                  1/N
-             weights     -                   all-gather         all-gather           -
+                         stage 0            stage 1           stage 2              stage 3
+    before its forward   -                  -                 -                    all-gather it
+    before its backward  -                  -                 -                    all-gather again
+    at a gradient        add it to the      as 0              add it to a bucket;  as 2
+    (the hook)           whole gradient                       full: reduce-scatter
+    after backward       -                  -                 the last sum ends:   as 2, and all
+                                                              no bucket is left    layers are freed
+    in step: gradients   reduce-scatter,    reduce-scatter    -                    -
+                         all-gather
+             AdamW on    all of it          1/N of it         1/N                  1/N
+             weights     -                  all-gather        all-gather           -
 
 Offload moves the optimizer's part to the CPU: fp32 weights and moments, 12/N bytes of host memory.
 A step needs buffers besides: what it gathers (one layer, and the next one on its way), the gradient
@@ -300,7 +300,8 @@ def named_units(module, path="", whole=False):
 class Sharded:
     """A model whose parameters live in flat units, in stage 3 gathered while their layer computes.
     By itself it serves frozen models (PPO's reference and reward model): no gradients, no Adam.
-    overlap: what is sent travels while the model computes, one layer ahead and at most one."""
+    overlap: while a layer computes, the next one's weights travel in (stage 3) and the last one's
+    gradient travels out (stages 2 and 3), never more; else nothing travels while one computes."""
 
     def __init__(self, model, stage=0, dtype=None, device=None, overlap=True, offload=False):
         first = next(model.parameters())
@@ -343,8 +344,8 @@ class Sharded:
     def enter(self, i):
         """Before layer i computes, forward or backward: gathers its units, starts to gather the
         next layer's and frees all others, so that two layers are there at most."""
-        first = 0 if self.direction > 0 else 1  # the embedding's backward reads no weight
         following = i + self.direction
+        first = 0 if self.direction > 0 else 1  # layer 0 embeds: its backward reads no weight
         ahead = []
         if self.overlap and first <= following < len(self.layers):
             ahead = self.layers[following]
@@ -416,7 +417,6 @@ class Sharded:
 # ==== the optimizer
 
 PIECE = {"cpu": 1 << 18, "cuda": 1 << 24}  # elements; on a CPU a piece stays in the cache
-STATE = ("master", "exp_avg", "exp_avg_sq")  # what Adam keeps of a unit
 
 
 def pieces(flat) -> list[slice]:
@@ -514,8 +514,8 @@ class AdamW(Sharded):
             unit.grad += total  # over micro-batches
             unit.bucket = None
         elif not self.split_state:
-            # Stage 0 needs the whole sum. A reduce-scatter and an all-gather are an all-reduce,
-            # also in bytes: so all four stages add the same numbers in the same order.
+            # Stage 0 needs the whole sum. An all-reduce is a reduce-scatter and an all-gather, in
+            # bytes too; written so, all four stages add the same numbers in the same order.
             self.handing_out += all_gather(unit.bucket, total)
         # stage 1: the sum stands in the bucket, where grad is a view of it
 
@@ -561,7 +561,7 @@ class AdamW(Sharded):
                 grad = unit.grad[part].to(unit.master) * factor  # offload: to the host
                 adamw_(unit.master[part], grad, unit.exp_avg[part], unit.exp_avg_sq[part],
                        self.t, lr, self.betas, self.eps, self.weight_decay,
-                       decayed=max(0, unit.decayed - unit.lo - part.start))
+                       decayed=max(0, unit.decayed - unit.lo - part.start))  # of this piece
 
     def publish(self):
         """Master weights → weights of the training dtype, wherever they are computed with."""
@@ -569,7 +569,8 @@ class AdamW(Sharded):
         for unit in self.trained:
             if unit.master is not unit.shard:
                 unit.shard.copy_(unit.master)
-            if self.split_state and unit.filling is not None:  # else the next enter() gathers it
+            # (in stage 3 flat has no memory now: the next forward gathers what it needs)
+            if self.split_state and unit.filling is not None:
                 works += all_gather(unit.flat, unit.shard)
         wait(works)
 
@@ -586,11 +587,9 @@ class AdamW(Sharded):
     def state(self) -> dict:
         """This rank's part of the training state: tensors, plain numbers, each unit's [lo, hi)."""
         units = {}
-        for unit in self.trained:
-            part = {"lo": unit.lo, "hi": min(unit.hi, unit.numel)}
-            for key in STATE:  # cloned: torch.save writes the whole buffer under a slice
-                part[key] = getattr(unit, key).clone()
-            units[unit.name] = part
+        for u in self.trained:  # cloned: torch.save writes the whole buffer under a slice
+            units[u.name] = {"lo": u.lo, "hi": min(u.hi, u.numel), "master": u.master.clone(),
+                             "exp_avg": u.exp_avg, "exp_avg_sq": u.exp_avg_sq}
         return {"t": self.t, "dtype": str(self.dtype), "scale": self.scale, "good": self.good,
                 "units": units}
 
@@ -601,7 +600,7 @@ class AdamW(Sharded):
             for part in (state["units"][unit.name] for state in states):
                 lo, hi = max(unit.lo, part["lo"]), min(unit.hi, part["hi"])  # what both hold
                 if lo < hi:
-                    for key in STATE:
+                    for key in ("master", "exp_avg", "exp_avg_sq"):
                         found = part[key][lo - part["lo"] : hi - part["lo"]]
                         getattr(unit, key)[lo - unit.lo : hi - unit.lo] = found
         self.t = states[0]["t"]
@@ -803,8 +802,9 @@ def setup(cfg) -> tuple[torch.device, torch.dtype]:
         if "RANK" in env:  # torchrun
             rank, world = int(env["RANK"]), int(env["WORLD_SIZE"])
             store = meeting_place("ranks", cfg.timeout)
-        dist.init_process_group("nccl" if cuda else "gloo", store=store, rank=rank, world_size=world,
-                                timeout=datetime.timedelta(seconds=cfg.timeout))
+        patience = datetime.timedelta(seconds=cfg.timeout)
+        dist.init_process_group("nccl" if cuda else "gloo", timeout=patience, store=store,
+                                rank=rank, world_size=world)
     if cfg.deterministic:
         env.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
