@@ -32,6 +32,11 @@ from torch.utils.checkpoint import checkpoint
 IGNORE = -100  # "not a target": the label of every token that is not in the loss
 
 
+def widen(x):
+    """At least fp32: sums over the vocabulary lose too much in 16 bits."""
+    return x if x.dtype == torch.float64 else x.float()
+
+
 # ==== configuration
 
 
@@ -85,33 +90,6 @@ PRESETS = {
 # ==== the layers
 
 
-def normalized(x, eps):
-    """x / rms(x) for x (..., C), and 1 / rms(x) (..., 1), in fp32 whatever the dtype."""
-    wide = torch.promote_types(x.dtype, torch.float32)
-    norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=wide)
-    scale = torch.rsqrt(norm * norm * (1 / x.shape[-1]) + eps)
-    return (x * scale).to(x.dtype), scale
-
-
-class Normalize(torch.autograd.Function):
-    """x / rms(x) · weight; by hand, since autograd's backward makes twice the passes over x."""
-
-    @staticmethod
-    def forward(ctx, x, weight, eps):
-        unit, scale = normalized(x, eps)
-        ctx.save_for_backward(unit, scale, weight)
-        return unit * weight
-
-    @staticmethod
-    def backward(ctx, grad):
-        # dx = (g·w - u · mean(g·w·u)) / rms(x): u has a fixed length, so what lies along it is lost
-        unit, scale, weight = ctx.saved_tensors
-        product = grad * unit
-        along = (product @ weight)[..., None] / -unit.shape[-1]
-        grad_x = torch.addcmul(grad * weight, unit, along) * scale.to(unit.dtype)
-        return grad_x, product.flatten(0, -2).sum(0), None
-
-
 class RMSNorm(nn.Module):
     """x / rms(x) · weight (Zhang & Sennrich 2019)."""
 
@@ -141,20 +119,6 @@ def rotate(x, cos, sin):
     return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), sin)
 
 
-class Rotate(torch.autograd.Function):
-    """The gradient of a rotation turns back: half of the passes that autograd makes."""
-
-    @staticmethod
-    def forward(ctx, x, cos, sin):
-        ctx.save_for_backward(cos, sin)
-        return rotate(x, cos, sin)
-
-    @staticmethod
-    def backward(ctx, grad):
-        cos, sin = ctx.saved_tensors
-        return rotate(grad, cos, -sin), None, None
-
-
 def attention_formula(q, k, v, mask):
     """softmax(q·kᵀ / √D + mask) · v, as in D4 2.2.1, with heads, batch and a mask.
 
@@ -168,57 +132,6 @@ def attention_formula(q, k, v, mask):
     scores = (q @ k.transpose(-2, -1)).view(B, K, H // K, T, S)
     weights = (scores + (mask if mask.dim() == 2 else mask[:, None])).softmax(-1)
     return (weights.view(B, K, H // K * T, S) @ v).view(B, H, T, D)
-
-
-def attention_fused(q, k, v, mask):
-    """The same in torch's fused kernel, which is faster when told that the mask is causal."""
-    causal = mask.dim() == 2 and mask.shape[0] == mask.shape[1] > 1
-    mask = None if causal else mask
-    return F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal, enable_gqa=True)
-
-
-class KVCache:
-    """Keys and values of the tokens seen so far, per layer (B, K, S, D).
-
-    Rows are padded on the left: all rows write their next token into the same column, one slice for
-    the whole batch. Column c holds position c - pad[row]; columns before a row's start are masked,
-    and so are those behind its end: S grows by whole blocks, for products of a part would copy it.
-    """
-
-    BLOCK = 32
-
-    def __init__(self, c: ModelConfig, pad, device, dtype):
-        """pad (B,): the number of empty columns in front of each row."""
-        shape = (len(pad), c.num_key_value_heads, 0, c.head_dim)
-        empty = torch.empty(shape, device=device, dtype=dtype)
-        self.k, self.v = ([empty] * c.num_hidden_layers for _ in range(2))
-        self.pad, self.used, self.last = pad.to(device), 0, c.max_position_embeddings - 1
-
-    def advance(self, T: int):
-        """Makes room for T columns; returns their positions (B, T) and their mask (B, 1, T, S)."""
-        self.used += T
-        self.size = -(-self.used // self.BLOCK) * self.BLOCK
-        keys = torch.arange(self.size, device=self.pad.device)
-        columns = keys[self.used - T : self.used]
-        seen = (keys <= columns[:, None]) & (keys >= self.pad[:, None, None])  # (B, T, S)
-        seen |= keys == columns[:, None]  # padding sees itself: a softmax over nothing is NaN
-        mask = torch.zeros(seen.shape, dtype=self.k[0].dtype, device=self.pad.device)
-        positions = (columns - self.pad[:, None]).clamp(0, self.last)
-        return positions, mask.masked_fill_(~seen, -torch.inf)[:, None]
-
-    def append(self, layer: int, k, v):
-        """Stores k, v (B, K, T, D) in the newest columns; returns all k and v."""
-        for cache, new in (self.k, k), (self.v, v):
-            missing = self.size - cache[layer].shape[2]
-            if missing > 0:
-                cache[layer] = F.pad(cache[layer], (0, 0, 0, missing))
-            cache[layer][:, :, self.used - new.shape[2] : self.used] = new
-        return self.k[layer], self.v[layer]
-
-    def keep(self, rows):
-        """Drops every row not in `rows` (a LongTensor)."""
-        self.k, self.v = ([layer[rows] for layer in cache] for cache in (self.k, self.v))
-        self.pad = self.pad[rows]
 
 
 class Attention(nn.Module):
@@ -327,50 +240,6 @@ class Decoder(nn.Module):
 # ==== heads and log-probabilities
 
 
-class TargetLogprobs(torch.autograd.Function):
-    """log softmax(hidden · weightᵀ)[target] for N rows, in chunks: no more than KEPT of the N·V
-    logits are ever alive. If there are more, backward computes each chunk's a second time.
-
-    hidden (N, C), weight (V, C), targets (N,) → (N,) in fp32. The gradient of log p_target by the
-    logits is onehot - softmax.
-    """
-
-    KEPT, CHUNK, ROWS = 1 << 24, 1 << 22, 256  # logits; a chunk has at least so many rows
-
-    @staticmethod
-    def forward(ctx, hidden, weight, targets):
-        ctx.rows = max(TargetLogprobs.ROWS, TargetLogprobs.CHUNK // len(weight))
-        chunks, found = [], []
-        for h, t in zip(hidden.split(ctx.rows), targets.split(ctx.rows)):
-            logits = h @ weight.T
-            found.append(widen(logits).log_softmax(-1).gather(1, t[:, None])[:, 0])
-            if len(hidden) * len(weight) <= TargetLogprobs.KEPT:
-                chunks.append(logits)
-        found = torch.cat(found)
-        ctx.save_for_backward(hidden, weight, targets, found, *chunks)
-        return found
-
-    @staticmethod
-    def backward(ctx, grad):
-        hidden, weight, targets, found, *chunks = ctx.saved_tensors
-        grad_hidden = torch.empty_like(hidden)
-        grad_weight = torch.zeros_like(weight, dtype=grad.dtype)
-        for i, start in enumerate(range(0, len(hidden), ctx.rows)):
-            part = slice(start, start + ctx.rows)
-            h, t, g = hidden[part], targets[part], -grad[part, None].to(hidden.dtype)
-            error = (chunks[i] if chunks else h @ weight.T).softmax(-1)
-            # p - 1 of the target, from fp32: in 16 bits it would be 0 where p is nearly 1
-            error[torch.arange(len(t), device=t.device), t] = found[part].expm1().to(error.dtype)
-            grad_hidden[part] = (error @ weight).mul_(g)
-            grad_weight += error.T @ (h * g)
-        return grad_hidden, grad_weight.to(weight.dtype), None
-
-
-def widen(x):
-    """At least fp32: sums over the vocabulary lose too much in 16 bits."""
-    return x if x.dtype == torch.float64 else x.float()
-
-
 class LMHead(nn.Linear):
     """hidden (B, T, C) → logits (B, T, V), or log-probabilities of targets (B, T), 0 at IGNORE.
 
@@ -449,6 +318,50 @@ def token_logprobs(model: CausalLM, input_ids, targets):
 
 
 # ==== generation
+
+
+class KVCache:
+    """Keys and values of the tokens seen so far, per layer (B, K, S, D).
+
+    Rows are padded on the left: all rows write their next token into the same column, one slice for
+    the whole batch. Column c holds position c - pad[row]; columns before a row's start are masked,
+    and so are those behind its end: S grows by whole blocks, for products of a part would copy it.
+    """
+
+    BLOCK = 32
+
+    def __init__(self, c: ModelConfig, pad, device, dtype):
+        """pad (B,): the number of empty columns in front of each row."""
+        shape = (len(pad), c.num_key_value_heads, 0, c.head_dim)
+        empty = torch.empty(shape, device=device, dtype=dtype)
+        self.k, self.v = ([empty] * c.num_hidden_layers for _ in range(2))
+        self.pad, self.used, self.last = pad.to(device), 0, c.max_position_embeddings - 1
+
+    def advance(self, T: int):
+        """Makes room for T columns; returns their positions (B, T) and their mask (B, 1, T, S)."""
+        self.used += T
+        self.size = -(-self.used // self.BLOCK) * self.BLOCK
+        keys = torch.arange(self.size, device=self.pad.device)
+        columns = keys[self.used - T : self.used]
+        seen = (keys <= columns[:, None]) & (keys >= self.pad[:, None, None])  # (B, T, S)
+        seen |= keys == columns[:, None]  # padding sees itself: a softmax over nothing is NaN
+        mask = torch.zeros(seen.shape, dtype=self.k[0].dtype, device=self.pad.device)
+        positions = (columns - self.pad[:, None]).clamp(0, self.last)
+        return positions, mask.masked_fill_(~seen, -torch.inf)[:, None]
+
+    def append(self, layer: int, k, v):
+        """Stores k, v (B, K, T, D) in the newest columns; returns all k and v."""
+        for cache, new in (self.k, k), (self.v, v):
+            missing = self.size - cache[layer].shape[2]
+            if missing > 0:
+                cache[layer] = F.pad(cache[layer], (0, 0, 0, missing))
+            cache[layer][:, :, self.used - new.shape[2] : self.used] = new
+        return self.k[layer], self.v[layer]
+
+    def keep(self, rows):
+        """Drops every row not in `rows` (a LongTensor)."""
+        self.k, self.v = ([layer[rows] for layer in cache] for cache in (self.k, self.v))
+        self.pad = self.pad[rows]
 
 
 @torch.inference_mode()
@@ -666,6 +579,9 @@ def load_model(folder, kind=CausalLM, device="cpu", dtype=torch.float32):
     return model.to(device)
 
 
+# ==== command line
+
+
 def main(chat):
     """The command line; chat is data.py's, since nothing above this block imports another file."""
     parser = argparse.ArgumentParser(description="Chat with a checkpoint, or list the presets.")
@@ -695,6 +611,97 @@ def main(chat):
 
     chat(stream, args.folder, args.prompt, args.system, args.template, args.seed,
          model.config.max_position_embeddings)
+
+
+# ==================================================================================================
+# ==== the fast forms
+
+
+def normalized(x, eps):
+    """x / rms(x) for x (..., C), and 1 / rms(x) (..., 1), in fp32 whatever the dtype."""
+    wide = torch.promote_types(x.dtype, torch.float32)
+    norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=wide)
+    scale = torch.rsqrt(norm * norm * (1 / x.shape[-1]) + eps)
+    return (x * scale).to(x.dtype), scale
+
+
+class Normalize(torch.autograd.Function):
+    """x / rms(x) · weight; by hand, since autograd's backward makes twice the passes over x."""
+
+    @staticmethod
+    def forward(ctx, x, weight, eps):
+        unit, scale = normalized(x, eps)
+        ctx.save_for_backward(unit, scale, weight)
+        return unit * weight
+
+    @staticmethod
+    def backward(ctx, grad):
+        # dx = (g·w - u · mean(g·w·u)) / rms(x): u has a fixed length, so what lies along it is lost
+        unit, scale, weight = ctx.saved_tensors
+        product = grad * unit
+        along = (product @ weight)[..., None] / -unit.shape[-1]
+        grad_x = torch.addcmul(grad * weight, unit, along) * scale.to(unit.dtype)
+        return grad_x, product.flatten(0, -2).sum(0), None
+
+
+class Rotate(torch.autograd.Function):
+    """The gradient of a rotation turns back: half of the passes that autograd makes."""
+
+    @staticmethod
+    def forward(ctx, x, cos, sin):
+        ctx.save_for_backward(cos, sin)
+        return rotate(x, cos, sin)
+
+    @staticmethod
+    def backward(ctx, grad):
+        cos, sin = ctx.saved_tensors
+        return rotate(grad, cos, -sin), None, None
+
+
+def attention_fused(q, k, v, mask):
+    """The same in torch's fused kernel, which is faster when told that the mask is causal."""
+    causal = mask.dim() == 2 and mask.shape[0] == mask.shape[1] > 1
+    mask = None if causal else mask
+    return F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal, enable_gqa=True)
+
+
+class TargetLogprobs(torch.autograd.Function):
+    """log softmax(hidden · weightᵀ)[target] for N rows, in chunks: no more than KEPT of the N·V
+    logits are ever alive. If there are more, backward computes each chunk's a second time.
+
+    hidden (N, C), weight (V, C), targets (N,) → (N,) in fp32. The gradient of log p_target by the
+    logits is onehot - softmax.
+    """
+
+    KEPT, CHUNK, ROWS = 1 << 24, 1 << 22, 256  # logits; a chunk has at least so many rows
+
+    @staticmethod
+    def forward(ctx, hidden, weight, targets):
+        ctx.rows = max(TargetLogprobs.ROWS, TargetLogprobs.CHUNK // len(weight))
+        chunks, found = [], []
+        for h, t in zip(hidden.split(ctx.rows), targets.split(ctx.rows)):
+            logits = h @ weight.T
+            found.append(widen(logits).log_softmax(-1).gather(1, t[:, None])[:, 0])
+            if len(hidden) * len(weight) <= TargetLogprobs.KEPT:
+                chunks.append(logits)
+        found = torch.cat(found)
+        ctx.save_for_backward(hidden, weight, targets, found, *chunks)
+        return found
+
+    @staticmethod
+    def backward(ctx, grad):
+        hidden, weight, targets, found, *chunks = ctx.saved_tensors
+        grad_hidden = torch.empty_like(hidden)
+        grad_weight = torch.zeros_like(weight, dtype=grad.dtype)
+        for i, start in enumerate(range(0, len(hidden), ctx.rows)):
+            part = slice(start, start + ctx.rows)
+            h, t, g = hidden[part], targets[part], -grad[part, None].to(hidden.dtype)
+            error = (chunks[i] if chunks else h @ weight.T).softmax(-1)
+            # p - 1 of the target, from fp32: in 16 bits it would be 0 where p is nearly 1
+            error[torch.arange(len(t), device=t.device), t] = found[part].expm1().to(error.dtype)
+            grad_hidden[part] = (error @ weight).mul_(g)
+            grad_weight += error.T @ (h * g)
+        return grad_hidden, grad_weight.to(weight.dtype), None
 
 
 if __name__ == "__main__":
