@@ -8,7 +8,7 @@ folder: RMSNorm, rotary positions, grouped-query attention, SwiGLU; Qwen2's quer
 Qwen3's query-key norm by `model_type`. Shapes in comments: B rows, T tokens, C = hidden_size,
 H heads, K key-value heads, D head_dim, V vocabulary.
 
-The documents draw attention without a causal mask, heads or batch (D4 2.2.1); here the mask is the
+The documents draw attention without a causal mask, heads or batch (D4 2.2); here the mask is the
 point: position t reads positions <= t only, which makes next-token prediction an honest task (CLM,
 因果语言模型).
 """
@@ -20,7 +20,8 @@ import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-# before torch is loaded; why: zero.py
+# A CPU thread that waits gives up its core soon: where other processes compute too, threads that
+# keep it make a step ten times slower. It has to be said before torch is loaded.
 os.environ.setdefault("GOMP_SPINCOUNT", "2000")
 
 import numpy as np
@@ -29,16 +30,21 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
+FAST = True  # False: attention and log-probabilities by their formulas, not by the file's last part
 IGNORE = -100  # "not a target": the label of every token that is not in the loss
 
 
 def widen(x):
-    """At least fp32: sums over the vocabulary lose too much in 16 bits."""
+    """At least fp32: long sums lose too much in 16 bits."""
     return x if x.dtype == torch.float64 else x.float()
 
 
-# ==== configuration
+def round_up(n: int, multiple: int) -> int:
+    """The least multiple of `multiple` that is not below n."""
+    return (n + multiple - 1) // multiple * multiple
 
+
+# ==== configuration
 
 @dataclass
 class ModelConfig:
@@ -65,73 +71,75 @@ class ModelConfig:
 
     def num_parameters(self) -> int:
         """Parameters of a CausalLM of this shape, tied weights counted once."""
-        c, d = self.hidden_size, self.head_dim
-        heads, kv = self.num_attention_heads, self.num_key_value_heads
-        attention = c * d * (2 * heads + 2 * kv)
-        attention += d * (heads + 2 * kv) if self.model_type == "qwen2" else 0
-        attention += 2 * d if self.model_type == "qwen3" else 0
-        layer = attention + 3 * c * self.intermediate_size + 2 * c
-        tables = 2 - self.tie_word_embeddings  # embedding and head
-        return self.num_hidden_layers * layer + c + tables * self.vocab_size * c
+        C, D = self.hidden_size, self.head_dim
+        H, K = self.num_attention_heads, self.num_key_value_heads
+        attention = 2 * C * D * (H + K)  # queries and output, keys and values
+        if self.model_type == "qwen2":
+            attention += D * (H + 2 * K)  # biases
+        if self.model_type == "qwen3":
+            attention += 2 * D  # norms of queries and keys
+        layer = attention + 3 * C * self.intermediate_size + 2 * C  # attention, MLP, two norms
+        tables = 1 if self.tie_word_embeddings else 2  # embedding and head
+        return self.num_hidden_layers * layer + C + tables * self.vocab_size * C
 
 
-UNTIED = {"tie_word_embeddings": False}
 # The documents' models. GPT-3's MLP has two matrices of 4·C, as large as SwiGLU's three of 8/3·C.
-PRESETS = {
+PRESETS = {  # vocabulary, C, MLP, layers, H, K
     "tiny": ModelConfig(),
-    "small": ModelConfig(8192, 384, 1024, 6, 6, 6, **UNTIED),
+    "small": ModelConfig(8192, 384, 1024, 6, 6, 6, tie_word_embeddings=False),
     "gpt2-124m": ModelConfig(50257, 768, 2048, 12, 12, 12, max_position_embeddings=1024),
-    "llama-7b": ModelConfig(32000, 4096, 11008, 32, 32, 32, 0, 2048, **UNTIED),
-    "llama-65b": ModelConfig(32000, 8192, 22016, 80, 64, 64, 0, 2048, **UNTIED),
+    "llama-7b": ModelConfig(32000, 4096, 11008, 32, 32, 32, max_position_embeddings=2048,
+                            tie_word_embeddings=False),
+    "llama-65b": ModelConfig(32000, 8192, 22016, 80, 64, 64, max_position_embeddings=2048,
+                             tie_word_embeddings=False),
     "gpt3-175b": ModelConfig(50257, 12288, 32768, 96, 96, 96, max_position_embeddings=2048),
 }
 
 
 # ==== the layers
 
+def rms_norm(x, weight, eps):
+    """x / rms(x) · weight for x (..., C) (Zhang & Sennrich 2019), computed in fp32."""
+    wide = widen(x)
+    rms = (wide.square().mean(-1, keepdim=True) + eps).sqrt()
+    return (wide / rms).to(x.dtype) * weight
+
 
 class RMSNorm(nn.Module):
-    """x / rms(x) · weight (Zhang & Sennrich 2019)."""
-
     def __init__(self, size: int, eps: float):
         super().__init__()
         self.weight = nn.Parameter(torch.ones(size))
         self.eps = eps
 
     def forward(self, x):
-        if torch.is_grad_enabled():
-            return Normalize.apply(x, self.weight, self.eps)
-        return normalized(x, self.eps)[0] * self.weight  # a decoding step is short: apply() counts
+        norm = fast_rms_norm if FAST else rms_norm
+        return norm(x, self.weight, self.eps)
 
 
 def rope_table(config: ModelConfig) -> tuple[torch.Tensor, torch.Tensor]:
     """cos and ±sin of position · theta^(-2i/D), each (P, D) for P positions (RoFormer eq. 15)."""
-    inverse = config.rope_theta ** (-torch.arange(0, config.head_dim, 2).double() / config.head_dim)
-    positions = torch.arange(-(-config.max_position_embeddings // 8) * 8)  # as batches are padded
-    angles = positions.double()[:, None] * inverse  # (P, D/2)
+    frequencies = config.rope_theta ** (-torch.arange(0, config.head_dim, 2).double() / config.head_dim)
+    positions = torch.arange(round_up(config.max_position_embeddings, 8))  # as batches are padded
+    angles = positions.double()[:, None] * frequencies  # (P, D/2)
     cos, sin = angles.cos(), angles.sin()
     return torch.cat([cos, cos], -1), torch.cat([-sin, sin], -1)
 
 
 def rotate(x, cos, sin):
-    """Turns each pair (x_i, x_{i+D/2}) of x (B, H, T, D): Hugging Face's layout, halves and not
-    neighbours. cos, sin (T, D) or (B, 1, T, D); sin is negative in the first half."""
-    return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), sin)
+    """Turns each pair (a, b) of x (B, H, T, D) to (a·cos - b·sin, b·cos + a·sin). a is x_i and b is
+    x_{i+D/2}, Hugging Face's layout. cos, sin (T, D) or (B, 1, T, D); sin is negative for a."""
+    swapped = x.roll(x.shape[-1] // 2, dims=-1)  # (b, a)
+    return x * cos + swapped * sin
 
 
 def attention_formula(q, k, v, mask):
-    """softmax(q·kᵀ / √D + mask) · v, as in D4 2.2.1, with heads, batch and a mask.
-
-    q (B, H, T, D), k and v (B, K, S, D) with H a multiple of K; mask (T, S) or (B, 1, T, S), 0
-    where a query may look and -inf elsewhere. The H/K query heads that share a key head become
-    further rows of it: no key is copied.
-    """
-    B, H, T, D = q.shape
-    K, S = k.shape[1:3]
-    q = (q * (1 / math.sqrt(D))).reshape(B, K, H // K * T, D)
-    scores = (q @ k.transpose(-2, -1)).view(B, K, H // K, T, S)
-    weights = (scores + (mask if mask.dim() == 2 else mask[:, None])).softmax(-1)
-    return (weights.view(B, K, H // K * T, S) @ v).view(B, H, T, D)
+    """softmax(q·kᵀ / √D + mask) · v, as in D4 2.2, with heads, batch and a mask. q (B, H, T, D),
+    k, v (B, K, S, D); mask (T, S) or (B, 1, T, S), 0 where a query may look and -inf elsewhere."""
+    shared = q.shape[1] // k.shape[1]  # query heads that look at one key head
+    k = k.repeat_interleave(shared, dim=1)  # (B, H, S, D)
+    v = v.repeat_interleave(shared, dim=1)
+    scores = q @ k.transpose(-2, -1) / math.sqrt(q.shape[-1])  # (B, H, T, S)
+    return (scores + mask).softmax(-1) @ v
 
 
 class Attention(nn.Module):
@@ -152,20 +160,22 @@ class Attention(nn.Module):
             self.k_norm = RMSNorm(D, config.rms_norm_eps)
 
     def forward(self, x, cos, sin, mask, layer=0, cache=None):
+        """x (B, T, C) → (B, T, C). A cache holds earlier tokens' keys and values of each layer."""
         B, T, _ = x.shape
         q = self.q_proj(x).view(B, T, -1, self.head_dim)  # (B, T, H, D)
         k = self.k_proj(x).view(B, T, -1, self.head_dim)  # (B, T, K, D)
-        v = self.v_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, K, T, D)
+        v = self.v_proj(x).view(B, T, -1, self.head_dim)
         if hasattr(self, "q_norm"):
-            q, k = self.q_norm(q), self.k_norm(k)
-        turn = Rotate.apply if torch.is_grad_enabled() else rotate
-        q, k = turn(q.transpose(1, 2), cos, sin), turn(k.transpose(1, 2), cos, sin)
+            q = self.q_norm(q)
+            k = self.k_norm(k)
+        turn = fast_rotate if FAST else rotate
+        q = turn(q.transpose(1, 2), cos, sin)  # (B, H, T, D)
+        k = turn(k.transpose(1, 2), cos, sin)  # (B, K, T, D)
+        v = v.transpose(1, 2)
         if cache is not None:
-            k, v = cache.append(layer, k, v)
-        # up to 256 tokens the fused kernel is slower on a CPU (its backward in bf16 by a factor),
-        # but for a single token
-        plain = q.device.type == "cpu" and 1 < B * T and T <= 256
-        y = (attention_formula if plain else attention_fused)(q, k, v, mask)  # (B, H, T, D)
+            k, v = cache.append(layer, k, v)  # (B, K, S, D)
+        attention = fast_attention if FAST else attention_formula
+        y = attention(q, k, v, mask)  # (B, H, T, D)
         return self.o_proj(y.transpose(1, 2).reshape(B, T, -1))
 
 
@@ -192,8 +202,8 @@ class Block(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = SwiGLU(config)
 
-    def forward(self, x, *context):
-        x = x + self.self_attn(self.input_layernorm(x), *context)
+    def forward(self, x, cos, sin, mask, layer=0, cache=None):
+        x = x + self.self_attn(self.input_layernorm(x), cos, sin, mask, layer, cache)
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
@@ -212,22 +222,8 @@ class Decoder(nn.Module):
     def forward(self, input_ids, cache=None):
         """With a cache, in generation, rows are padded on the left and go on where it ends; in
         training on the right, where the causal mask hides it: no padding mask is needed."""
-        T, limit = input_ids.shape[1], self.config.max_position_embeddings
-        if cache is None and T > -(-limit // 8) * 8:  # padding counts; generate() has its own limit
-            raise SystemExit(f"model: {T} tokens exceed the context of {limit} "
-                             "(max_position_embeddings)")
         x = self.embed_tokens(input_ids)  # (B, T, C)
-        place = (x.device, x.dtype)
-        if place not in self.tables:
-            with torch.inference_mode(False):  # made in generation, they still serve training
-                self.tables[place] = tuple(t.to(*place) for t in rope_table(self.config))
-        cos, sin = self.tables[place]
-        if cache is None:
-            cos, sin = cos[:T], sin[:T]  # (T, D)
-            mask = torch.full((T, T), -torch.inf, dtype=x.dtype, device=x.device).triu(1)
-        else:
-            positions, mask = cache.advance(T)  # (B, T), (B, 1, T, S)
-            cos, sin = cos[positions][:, None], sin[positions][:, None]  # (B, 1, T, D)
+        cos, sin, mask = self.positions(x, cache)
         for i, layer in enumerate(self.layers):
             if self.activation_checkpointing and torch.is_grad_enabled():
                 # use_reentrant=True (D4 2.4.2) loses all gradients where x needs none (LoRA)
@@ -236,21 +232,43 @@ class Decoder(nn.Module):
                 x = layer(x, cos, sin, mask, i, cache)
         return self.norm(x)
 
+    def positions(self, x, cache):
+        """cos, sin and mask: all that tells a layer where the tokens of x (B, T, C) stand."""
+        T = x.shape[1]
+        place = (x.device, x.dtype)
+        if place not in self.tables:
+            with torch.inference_mode(False):  # made in generation, they still serve training
+                self.tables[place] = [table.to(*place) for table in rope_table(self.config)]
+        cos, sin = self.tables[place]
+        if cache is not None:
+            positions, mask = cache.advance(T)  # (B, T), (B, 1, T, S)
+            positions = positions.clamp(0, len(cos) - 1)  # of pads, of rows that have ended
+            return cos[positions][:, None], sin[positions][:, None], mask  # cos (B, 1, T, D)
+        if T > len(cos):
+            raise SystemExit(f"model: {T} tokens exceed the context of "
+                             f"{self.config.max_position_embeddings} (max_position_embeddings)")
+        mask = torch.full((T, T), -torch.inf, dtype=x.dtype, device=x.device).triu(1)
+        return cos[:T], sin[:T], mask  # (T, D), (T, D), (T, T)
+
 
 # ==== heads and log-probabilities
+
+def target_logprobs(hidden, weight, targets):
+    """log softmax(hidden · weightᵀ)[target]: hidden (N, C), weight (V, C), targets (N,) → (N,)."""
+    logits = widen(hidden @ weight.T)  # (N, V)
+    return logits.log_softmax(-1).gather(1, targets[:, None])[:, 0]
 
 
 class LMHead(nn.Linear):
     """hidden (B, T, C) → logits (B, T, V), or log-probabilities of targets (B, T), 0 at IGNORE.
-
-    Both go through this module's forward, never through its weight: there sit ZeRO-3's hooks.
-    """
+    Both go through this module's forward, never through its weight: there sit ZeRO-3's hooks."""
 
     def forward(self, hidden, targets=None):
         if targets is None:
             return super().forward(hidden)
         kept = targets != IGNORE  # the head is a large product: spend it on the targets only
-        logprobs = TargetLogprobs.apply(hidden[kept], self.weight, targets[kept])
+        logprobs_of = TargetLogprobs.apply if FAST else target_logprobs
+        logprobs = logprobs_of(hidden[kept], self.weight, targets[kept])
         zeros = torch.zeros(targets.shape, dtype=logprobs.dtype, device=hidden.device)
         return zeros.masked_scatter(kept, logprobs)
 
@@ -295,8 +313,9 @@ def initialize(model: nn.Module):
     """GPT-2's: N(0, 0.02), and the two projections into the residual stream by √(2·layers) less."""
     for name, parameter in model.named_parameters():
         if parameter.dim() >= 2:
-            residual = name.endswith(("o_proj.weight", "down_proj.weight"))
-            std = 0.02 / math.sqrt(2 * model.config.num_hidden_layers) if residual else 0.02
+            std = 0.02
+            if name.endswith(("o_proj.weight", "down_proj.weight")):
+                std /= math.sqrt(2 * model.config.num_hidden_layers)
             nn.init.normal_(parameter, 0.0, std)
         elif name.endswith("bias"):
             nn.init.zeros_(parameter)
@@ -308,12 +327,9 @@ def expected_first_loss(config: ModelConfig) -> float:
 
 
 def token_logprobs(model: CausalLM, input_ids, targets):
-    """log π(targets[b, t] | input_ids[b, :t+1]), (B, T) in fp32, 0 where the target is IGNORE.
-
-    The one path by which SFT, rollout, reference and update see probabilities, so that PPO's first
-    ratio is 1. The shift by one is made where `targets` is, in `data.py`, and nowhere else (D4
-    2.2.2's loss shifts once more).
-    """
+    """log π(targets[b, t] | input_ids[b, :t+1]), (B, T) in fp32, 0 where the target is IGNORE. The
+    one path by which SFT, rollout, reference and update see probabilities, so that PPO's first ratio
+    is 1. The shift by one is made with `targets`, in data.py (D4 2.2.2's loss shifts once more)."""
     return model.lm_head(model.model(input_ids), targets)
 
 
@@ -614,7 +630,17 @@ def main(chat):
 
 
 # ==================================================================================================
-# ==== the fast forms
+# The same functions, faster: what runs where FAST is True. Each equals the lines quoted above it,
+# in value and in gradient.
+
+# rms = (x.square().mean(-1, keepdim=True) + eps).sqrt()
+# x / rms * weight
+
+
+def fast_rms_norm(x, weight, eps):
+    if torch.is_grad_enabled():
+        return Normalize.apply(x, weight, eps)
+    return normalized(x, eps)[0] * weight  # a decoding step is short: apply() counts
 
 
 def normalized(x, eps):
@@ -626,7 +652,8 @@ def normalized(x, eps):
 
 
 class Normalize(torch.autograd.Function):
-    """x / rms(x) · weight; by hand, since autograd's backward makes twice the passes over x."""
+    """By hand, with u = x / rms(x) and g the gradient by the output:
+    dx = (g·w - u · mean(g·w·u)) / rms(x): u has a fixed length, so what lies along it is lost."""
 
     @staticmethod
     def forward(ctx, x, weight, eps):
@@ -636,7 +663,6 @@ class Normalize(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
-        # dx = (g·w - u · mean(g·w·u)) / rms(x): u has a fixed length, so what lies along it is lost
         unit, scale, weight = ctx.saved_tensors
         product = grad * unit
         along = (product @ weight)[..., None] / -unit.shape[-1]
@@ -644,61 +670,98 @@ class Normalize(torch.autograd.Function):
         return grad_x, product.flatten(0, -2).sum(0), None
 
 
+# a, b = x.chunk(2, dim=-1)
+# x * cos + torch.cat([b, a], -1) * sin
+
+
+def fast_rotate(x, cos, sin):
+    turn = Rotate.apply if torch.is_grad_enabled() else turned
+    return turn(x, cos, sin)
+
+
+def turned(x, cos, sin):
+    return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), sin)
+
+
 class Rotate(torch.autograd.Function):
-    """The gradient of a rotation turns back: half of the passes that autograd makes."""
+    """By hand: the gradient of a rotation turns back."""
 
     @staticmethod
     def forward(ctx, x, cos, sin):
         ctx.save_for_backward(cos, sin)
-        return rotate(x, cos, sin)
+        return turned(x, cos, sin)
 
     @staticmethod
     def backward(ctx, grad):
         cos, sin = ctx.saved_tensors
-        return rotate(grad, cos, -sin), None, None
+        return turned(grad, cos, -sin), None, None
+
+
+# (q @ k.transpose(-2, -1) / math.sqrt(D) + mask).softmax(-1) @ v
+
+def fast_attention(q, k, v, mask):
+    # on a CPU torch's kernel is slower up to 256 tokens (its backward in bf16 by a factor), but not
+    # for a single one
+    B, _, T, _ = q.shape
+    short = q.device.type == "cpu" and 1 < B * T and T <= 256
+    return (attention_grouped if short else attention_fused)(q, k, v, mask)
+
+
+def attention_grouped(q, k, v, mask):
+    """No key is copied: the H/K query heads that share a key head become further rows of it."""
+    B, H, T, D = q.shape
+    K, S = k.shape[1:3]
+    q = (q * (1 / math.sqrt(D))).reshape(B, K, H // K * T, D)
+    scores = (q @ k.transpose(-2, -1)).view(B, K, H // K, T, S)
+    mask = mask if mask.dim() == 2 else mask[:, None]  # (B, 1, 1, T, S)
+    weights = (scores + mask).softmax(-1)
+    return (weights.view(B, K, H // K * T, S) @ v).view(B, H, T, D)
 
 
 def attention_fused(q, k, v, mask):
-    """The same in torch's fused kernel, which is faster when told that the mask is causal."""
+    """torch's kernel, which is faster when told that the mask is causal."""
     causal = mask.dim() == 2 and mask.shape[0] == mask.shape[1] > 1
     mask = None if causal else mask
     return F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal, enable_gqa=True)
 
 
-class TargetLogprobs(torch.autograd.Function):
-    """log softmax(hidden · weightᵀ)[target] for N rows, in chunks: no more than KEPT of the N·V
-    logits are ever alive. If there are more, backward computes each chunk's a second time.
+# widen(hidden @ weight.T).log_softmax(-1).gather(1, targets[:, None])[:, 0]
 
-    hidden (N, C), weight (V, C), targets (N,) → (N,) in fp32. The gradient of log p_target by the
-    logits is onehot - softmax.
+class TargetLogprobs(torch.autograd.Function):
+    """In chunks of rows: no more than KEPT of the N·V logits are ever alive. If there are more,
+    backward computes each chunk's a second time. The gradient, by hand, of log p_target by the
+    logits is onehot - p.
     """
 
-    KEPT, CHUNK, ROWS = 1 << 24, 1 << 22, 256  # logits; a chunk has at least so many rows
+    KEPT, CHUNK = 1 << 24, 1 << 22  # logits
+    ROWS = 256  # the least in a chunk
 
     @staticmethod
     def forward(ctx, hidden, weight, targets):
         ctx.rows = max(TargetLogprobs.ROWS, TargetLogprobs.CHUNK // len(weight))
-        chunks, found = [], []
+        found, kept = [], []
         for h, t in zip(hidden.split(ctx.rows), targets.split(ctx.rows)):
             logits = h @ weight.T
             found.append(widen(logits).log_softmax(-1).gather(1, t[:, None])[:, 0])
             if len(hidden) * len(weight) <= TargetLogprobs.KEPT:
-                chunks.append(logits)
+                kept.append(logits)
         found = torch.cat(found)
-        ctx.save_for_backward(hidden, weight, targets, found, *chunks)
+        ctx.save_for_backward(hidden, weight, targets, found, *kept)
         return found
 
     @staticmethod
     def backward(ctx, grad):
-        hidden, weight, targets, found, *chunks = ctx.saved_tensors
+        hidden, weight, targets, found, *kept = ctx.saved_tensors
         grad_hidden = torch.empty_like(hidden)
         grad_weight = torch.zeros_like(weight, dtype=grad.dtype)
         for i, start in enumerate(range(0, len(hidden), ctx.rows)):
             part = slice(start, start + ctx.rows)
-            h, t, g = hidden[part], targets[part], -grad[part, None].to(hidden.dtype)
-            error = (chunks[i] if chunks else h @ weight.T).softmax(-1)
-            # p - 1 of the target, from fp32: in 16 bits it would be 0 where p is nearly 1
-            error[torch.arange(len(t), device=t.device), t] = found[part].expm1().to(error.dtype)
+            h, t = hidden[part], targets[part]
+            g = -grad[part, None].to(hidden.dtype)
+            error = (kept[i] if kept else h @ weight.T).softmax(-1)  # p, to become p - onehot
+            # the target's p - 1, of log p in fp32: in 16 bits it would be 0 where p is nearly 1
+            surprise = found[part].expm1()
+            error[torch.arange(len(t), device=t.device), t] = surprise.to(error.dtype)
             grad_hidden[part] = (error @ weight).mul_(g)
             grad_weight += error.T @ (h * g)
         return grad_hidden, grad_weight.to(weight.dtype), None

@@ -54,7 +54,7 @@ def test_changing_a_token_leaves_all_earlier_logits_bit_identical(dtype, checkpo
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 2e-6), (torch.float64, 1e-12)])
 @pytest.mark.parametrize("H, K", [(4, 4), (6, 2), (4, 1)])
 @pytest.mark.parametrize("case", ["square", "one token", "cached"])
-def test_formula_and_fused_kernel_are_attention_row_by_row(dtype, tolerance, H, K, case):
+def test_all_forms_of_attention_are_attention_row_by_row(dtype, tolerance, H, K, case):
     torch.manual_seed(0)
     B, D = 3, 8
     T, S = {"square": (7, 7), "one token": (1, 1), "cached": (2, 7)}[case]
@@ -68,9 +68,38 @@ def test_formula_and_fused_kernel_are_attention_row_by_row(dtype, tolerance, H, 
         seen = mask[t] if mask.dim() == 2 else mask[b, 0, t]
         keys, values = k[b, h * K // H][seen], v[b, h * K // H][seen]
         expected[b, h, t] = (keys @ q[b, h, t] / math.sqrt(D)).softmax(0) @ values
-    for attention in (m.attention_formula, m.attention_fused):
-        bias = torch.zeros(mask.shape, dtype=dtype).masked_fill(~mask, -torch.inf)
+    bias = torch.zeros(mask.shape, dtype=dtype).masked_fill(~mask, -torch.inf)
+    for attention in (m.attention_formula, m.attention_grouped, m.attention_fused):
         close(attention(q, k, v, bias), expected, tolerance)
+
+
+@pytest.mark.parametrize("fast", [m.attention_grouped, m.attention_fused, m.fast_attention])
+@pytest.mark.parametrize("tokens", [9, 257])  # fast_attention: grouped, fused
+def test_fast_attention_has_the_gradients_of_the_formula(fast, tokens):
+    torch.manual_seed(0)
+    inputs = [torch.randn(2, n, tokens, 4, dtype=torch.float64, requires_grad=True) for n in (6, 2, 2)]
+    mask = torch.full((tokens, tokens), -torch.inf, dtype=torch.float64).triu(1)
+    up = torch.randn(2, 6, tokens, 4, dtype=torch.float64)
+    expected = torch.autograd.grad(m.attention_formula(*inputs, mask), inputs, up)
+    for ours, theirs in zip(torch.autograd.grad(fast(*inputs, mask), inputs, up), expected):
+        close(ours, theirs, 1e-12)
+
+
+def test_one_switch_turns_every_fast_form_off_and_changes_nothing_else(monkeypatch):
+    net, x = build(dtype=torch.float64), ids(2, 9)
+    used, found = [], []
+    for name in ("attention_formula", "attention_grouped", "target_logprobs"):
+        def counted(*inputs, name=name, form=getattr(m, name)):
+            used.append(name)
+            return form(*inputs)
+        monkeypatch.setattr(m, name, counted)
+    for fast in (True, False):
+        monkeypatch.setattr(m, "FAST", fast)
+        logprobs = token_logprobs(net, x[:, :-1], x[:, 1:])
+        found.append([logprobs, *torch.autograd.grad(logprobs.sum(), list(net.parameters()))])
+    assert used == ["attention_grouped"] * 2 + ["attention_formula"] * 2 + ["target_logprobs"]
+    for ours, theirs in zip(*found, strict=True):
+        close(ours, theirs, 1e-11)
 
 
 def test_rmsnorm_and_swiglu_compute_their_papers_formulas():
@@ -145,7 +174,7 @@ def test_checkpointing_gives_the_same_gradients_and_saves_fewer_bytes(frozen):
 
 @pytest.mark.parametrize("kept", [0, 35])
 @pytest.mark.parametrize("chunk", [15, 35, 9999])  # 3, 7, all of 7 rows: two boundaries, none
-def test_target_logprobs_are_log_softmax_and_gather_in_value_and_gradient(monkeypatch, chunk, kept):
+def test_target_logprobs_in_chunks_have_the_value_and_gradient_of_the_plain_ones(monkeypatch, chunk, kept):
     monkeypatch.setattr(m.TargetLogprobs, "CHUNK", chunk)
     monkeypatch.setattr(m.TargetLogprobs, "KEPT", kept)
     monkeypatch.setattr(m.TargetLogprobs, "ROWS", 1)
@@ -154,6 +183,7 @@ def test_target_logprobs_are_log_softmax_and_gather_in_value_and_gradient(monkey
     weight = torch.randn(5, 4, dtype=torch.float64, requires_grad=True)
     targets = torch.randint(0, 5, (7,))
     expected = (hidden @ weight.T).log_softmax(-1)[torch.arange(7), targets]
+    close(m.target_logprobs(hidden, weight, targets), expected, 1e-13)
     ours = m.TargetLogprobs.apply(hidden, weight, targets)
     close(ours, expected, 1e-13)
     assert torch.autograd.gradcheck(m.TargetLogprobs.apply, (hidden, weight, targets))
