@@ -335,94 +335,113 @@ def token_logprobs(model: CausalLM, input_ids, targets):
 
 # ==== generation
 
-
 class KVCache:
-    """Keys and values of the tokens seen so far, per layer (B, K, S, D).
+    """Keys and values of the tokens seen so far, (2, B, K, S, D) per layer.
 
-    Rows are padded on the left: all rows write their next token into the same column, one slice for
-    the whole batch. Column c holds position c - pad[row]; columns before a row's start are masked,
-    and so are those behind its end: S grows by whole blocks, for products of a part would copy it.
+    Prompts are padded on the left, so that all rows end in the same column: what a step appends is
+    one slice of the tensor, where right-padded rows would each write to a column of their own.
+    Column c of a row is its position c - pad. The mask hides the pads and what is behind the newest
+    column: S grows by whole blocks, since a product with a slice of the tensor would copy it first.
     """
 
     BLOCK = 32
 
-    def __init__(self, c: ModelConfig, pad, device, dtype):
+    def __init__(self, config: ModelConfig, pad, device, dtype):
         """pad (B,): the number of empty columns in front of each row."""
-        shape = (len(pad), c.num_key_value_heads, 0, c.head_dim)
-        empty = torch.empty(shape, device=device, dtype=dtype)
-        self.k, self.v = ([empty] * c.num_hidden_layers for _ in range(2))
-        self.pad, self.used, self.last = pad.to(device), 0, c.max_position_embeddings - 1
+        shape = (2, len(pad), config.num_key_value_heads, 0, config.head_dim)
+        self.kv = [torch.empty(shape, device=device, dtype=dtype)] * config.num_hidden_layers
+        self.pad = pad.to(device)
+        self.used = 0  # columns that hold tokens
+        self.size = 0  # S
 
     def advance(self, T: int):
         """Makes room for T columns; returns their positions (B, T) and their mask (B, 1, T, S)."""
         self.used += T
-        self.size = -(-self.used // self.BLOCK) * self.BLOCK
+        self.size = round_up(self.used, self.BLOCK)
         keys = torch.arange(self.size, device=self.pad.device)
-        columns = keys[self.used - T : self.used]
-        seen = (keys <= columns[:, None]) & (keys >= self.pad[:, None, None])  # (B, T, S)
-        seen |= keys == columns[:, None]  # padding sees itself: a softmax over nothing is NaN
-        mask = torch.zeros(seen.shape, dtype=self.k[0].dtype, device=self.pad.device)
-        positions = (columns - self.pad[:, None]).clamp(0, self.last)
-        return positions, mask.masked_fill_(~seen, -torch.inf)[:, None]
+        queries = keys[self.used - T : self.used]
+        pad = self.pad[:, None]
+        seen = (keys <= queries[:, None]) & (keys >= pad[:, None])  # (B, T, S)
+        seen |= keys == queries[:, None]  # padding sees itself: a softmax over nothing is NaN
+        mask = torch.zeros(seen.shape, dtype=self.kv[0].dtype, device=self.pad.device)
+        mask.masked_fill_(~seen, -torch.inf)
+        return queries - pad, mask[:, None]
 
     def append(self, layer: int, k, v):
-        """Stores k, v (B, K, T, D) in the newest columns; returns all k and v."""
-        for cache, new in (self.k, k), (self.v, v):
-            missing = self.size - cache[layer].shape[2]
-            if missing > 0:
-                cache[layer] = F.pad(cache[layer], (0, 0, 0, missing))
-            cache[layer][:, :, self.used - new.shape[2] : self.used] = new
-        return self.k[layer], self.v[layer]
+        """Stores a layer's k, v (B, K, T, D) in the newest columns; returns all (B, K, S, D)."""
+        first = self.used - k.shape[2]
+        missing = self.size - self.kv[layer].shape[3]
+        if missing > 0:
+            self.kv[layer] = F.pad(self.kv[layer], (0, 0, 0, missing))
+        self.kv[layer][..., first : self.used, :] = torch.stack([k, v])
+        return self.kv[layer]
 
     def keep(self, rows):
         """Drops every row not in `rows` (a LongTensor)."""
-        self.k, self.v = ([layer[rows] for layer in cache] for cache in (self.k, self.v))
+        self.kv = [kv[:, rows] for kv in self.kv]
         self.pad = self.pad[rows]
 
 
 @torch.inference_mode()
-def generate_steps(model, prompts, max_new_tokens, end_id, temperature=1.0, top_p=1.0, seeds=None,
+def generate_steps(model, prompts, max_new_tokens, end_id, temperature, top_p, seeds,
                    use_cache=True):
     """Yields (rows, tokens) after every decoding step: which prompts got a token, and which.
 
     prompts: lists of ids of any lengths; a row ends with its first end_id (or one of a list), after
     max_new_tokens, or when it is max_position_embeddings long. temperature 0 is greedy; else row i
-    draws from a generator seeded with seeds[i], one uniform number a token, so that a reply does
-    not depend on the batch it was sampled in. top_p < 1 samples from the nucleus (Holtzman et al.
-    2020).
+    draws by seeds[i]. top_p < 1 samples from the nucleus (Holtzman et al. 2020).
     """
-    first, context = next(model.parameters()), model.config.max_position_embeddings
-    lengths = torch.tensor([len(p) for p in prompts])
-    longest = int(lengths.max())
-    if lengths.min() == 0 or longest >= context:
-        raise SystemExit(f"generate: a prompt is empty or fills the context of {context} tokens "
-                         f"(longest: {longest}); shorten it or train with a longer --context")
-    uniforms = torch.zeros(len(prompts), max_new_tokens, dtype=torch.float64)
-    if temperature > 0:
-        for row, seed in zip(uniforms, range(len(prompts)) if seeds is None else seeds):
-            row.uniform_(generator=torch.Generator().manual_seed(seed))
-    rows, pad = torch.arange(len(prompts)), longest - lengths  # rows: those in the batch
-    tokens = torch.zeros(len(prompts), longest, dtype=torch.long)  # left-padded, pads are masked
-    for row, prompt in zip(tokens, prompts):
-        row[longest - len(prompt) :] = torch.tensor(prompt)
-    alive, ends = torch.ones(len(prompts), dtype=torch.bool), torch.tensor(end_id)
+    first = next(model.parameters())
+    context = model.config.max_position_embeddings
+    tokens, pad = left_padded(prompts, context)  # (B, T), (B,)
+    cache = KVCache(model.config, pad, first.device, first.dtype)
+    # Not torch.multinomial, which draws for all rows from one generator: what a prompt is answered
+    # must depend on its own seed and not on the other prompts of its batch.
+    uniforms = uniform_numbers(seeds, max_new_tokens)
+    rows = torch.arange(len(prompts))  # the prompt that each row of the batch continues
+    alive = torch.ones(len(prompts), dtype=torch.bool)  # the rows that have not ended
     for step in range(max_new_tokens):
-        if step == 0 or not use_cache:
-            cache = KVCache(model.config, pad, first.device, first.dtype)
+        if not use_cache:
+            cache.used = 0  # every column is computed again
         ids = tokens[:, cache.used :].to(first.device)  # the prompts at first, then one token a row
         hidden = model.model(ids, cache)  # (B, T, C)
         logits = model.lm_head(hidden[:, -1])  # (B, V): the last position only
         new = sample(logits, temperature, top_p, uniforms[rows, step].to(first.device)).cpu()
         yield rows[alive].tolist(), new[alive].tolist()
         tokens = torch.cat([tokens, new[:, None]], dim=1)
-        alive &= ~torch.isin(new, ends) & (tokens.shape[1] - pad < context)
+        full = tokens.shape[1] - cache.pad.cpu() >= context
+        alive &= ~(full | torch.isin(new, torch.tensor(end_id)))
         left = int(alive.sum())
         if left == 0:
             return
-        if left < 0.8 * len(alive):  # finished rows leave, many at once: it copies the cache
+        # a row that leaves costs a copy of the cache: ended ones wait until they are a fifth of all
+        if left < 0.8 * len(alive):
             kept = alive.nonzero()[:, 0]
-            rows, tokens, pad, alive = rows[kept], tokens[kept], pad[kept], alive[kept]
             cache.keep(kept.to(first.device))
+            tokens = tokens[kept]
+            rows = rows[kept]
+            alive = alive[kept]
+
+
+def left_padded(prompts, context):
+    """The prompts in one tensor (B, T), and the number of pads in front of each (B,)."""
+    lengths = torch.tensor([len(prompt) for prompt in prompts])
+    longest = int(lengths.max())
+    if lengths.min() == 0 or longest >= context:
+        raise SystemExit(f"generate: a prompt is empty or fills the context of {context} tokens "
+                         f"(longest: {longest}); shorten it or train with a longer --context")
+    tokens = torch.zeros(len(prompts), longest, dtype=torch.long)
+    for row, prompt in zip(tokens, prompts):
+        row[longest - len(prompt) :] = torch.tensor(prompt)
+    return tokens, longest - lengths
+
+
+def uniform_numbers(seeds, count):
+    """Numbers in [0, 1), (len(seeds), count): a row from a generator of its own seed."""
+    numbers = torch.empty(len(seeds), count, dtype=torch.float64)
+    for row, seed in zip(numbers, seeds):
+        row.uniform_(generator=torch.Generator().manual_seed(seed))
+    return numbers
 
 
 def sample(logits, temperature, top_p, uniform):
@@ -433,8 +452,8 @@ def sample(logits, temperature, top_p, uniform):
     probs = (logits / temperature).softmax(-1)
     if top_p < 1:
         probs, order = probs.sort(dim=-1, descending=True)
-        outside = probs.cumsum(-1) - probs > top_p  # the token that crosses top_p stays in
-        probs = probs.masked_fill(outside, 0.0)
+        before = probs.cumsum(-1) - probs  # so the token that crosses top_p stays in
+        probs = probs.masked_fill(before > top_p, 0.0)
     total = probs.cumsum(-1)
     # the sum need not be 1: what is drawn is scaled to it, so that a token of no weight never is
     new = torch.searchsorted(total, (uniform[:, None] * total[:, -1:]).to(total.dtype))
@@ -445,7 +464,8 @@ def generate(model, prompts, max_new_tokens, end_id, temperature=1.0, top_p=1.0,
              use_cache=True, rows=64):
     """The replies as lists of ids, the end token included where it was reached; arguments as in
     `generate_steps`, but any number of prompts: `rows` of like length are taken at a time."""
-    replies, seeds = [[] for _ in prompts], range(len(prompts)) if seeds is None else seeds
+    seeds = range(len(prompts)) if seeds is None else seeds
+    replies = [[] for _ in prompts]
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     for start in range(0, len(order), rows):
         chosen = order[start : start + rows]

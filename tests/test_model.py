@@ -303,7 +303,7 @@ def test_a_greedy_batch_gives_what_each_prompt_gives_alone_without_a_cache(kind,
 def test_a_row_that_ended_leaves_the_batch():
     net = build(seed=3)
     end_id = continued(net, PROMPTS[1], 10, -1)[3]
-    steps = list(m.generate_steps(net, PROMPTS, 10, end_id, 0))
+    steps = list(m.generate_steps(net, PROMPTS, 10, end_id, 0, 1.0, range(4)))
     for rows, tokens in steps:
         assert len(rows) == len(tokens) == len(set(rows))
     assert 1 in steps[0][0] and all(1 not in rows for rows, _ in steps[4:])
