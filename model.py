@@ -17,6 +17,7 @@ import argparse
 import json
 import math
 import os
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -483,45 +484,39 @@ SAFETENSORS_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.f
                       "BF16": torch.bfloat16}
 
 
-def write_atomically(path, write):
-    """Calls write(binary file) on a neighbour, renamed when it is on disk: a reader, or a process
-    killed at any instant, sees the old file or the whole new one."""
+@contextmanager
+def written_whole(path):
+    """A neighbour of path to write to, renamed when it is on disk: a reader, or a process killed at
+    any instant, sees the old file or the whole new one."""
     temporary = Path(f"{path}.tmp")
     with open(temporary, "wb") as file:
-        write(file)
+        yield file
         file.flush()
         os.fsync(file.fileno())
     os.replace(temporary, path)
 
 
-def write_safetensors(path, shapes: dict, dtype, tensors, write: bool = True):
+def write_safetensors(path, shapes: dict, dtype, tensors):
     """The safetensors format: 8 bytes of header length, a JSON header, the raw bytes in a row.
 
     shapes: {name: shape}, in the order of `tensors`, an iterable of (name, tensor) consumed one by
-    one, so that a sharded model is written without ever being whole in memory. With write=False it
-    is only walked through: gathering is collective, and every rank has to take part in it.
+    one, so that a sharded model is written without ever being whole in memory.
     """
-    if not write:
-        for _ in tensors:
-            pass
-        return
-    [code] = [k for k, v in SAFETENSORS_DTYPES.items() if v == dtype]
-    header, offset = {"__metadata__": {"format": "pt"}}, 0
+    [code] = [code for code, known in SAFETENSORS_DTYPES.items() if known == dtype]
+    header = {"__metadata__": {"format": "pt"}}
+    offset = 0
     for name, shape in shapes.items():
         end = offset + math.prod(shape) * dtype.itemsize
         header[name] = {"dtype": code, "shape": list(shape), "data_offsets": [offset, end]}
         offset = end
     head = json.dumps(header, separators=(",", ":")).encode()
-    head += b" " * (-len(head) % 8)
-
-    def body(file):
+    head = head.ljust(round_up(len(head), 8))
+    with written_whole(path) as file:
         file.write(len(head).to_bytes(8, "little") + head)
         for (name, tensor), expected in zip(tensors, shapes, strict=True):
             assert name == expected and tuple(tensor.shape) == tuple(shapes[name]), name
             flat = tensor.detach().to("cpu", dtype).contiguous().view(-1)
             file.write(flat.view(torch.uint8).numpy())
-
-    write_atomically(path, body)
 
 
 def read_safetensors(path) -> dict[str, torch.Tensor]:
@@ -530,12 +525,13 @@ def read_safetensors(path) -> dict[str, torch.Tensor]:
         raw = np.memmap(path, dtype=np.uint8, mode="c")
         size = int.from_bytes(raw[:8].tobytes(), "little")
         header = json.loads(raw[8 : 8 + size].tobytes())
+        header.pop("__metadata__", None)
+        body = torch.from_numpy(raw[8 + size :])
         tensors = {}
         for name, entry in header.items():
-            if name != "__metadata__":
-                start, end = (8 + size + o for o in entry["data_offsets"])
-                data = torch.from_numpy(raw[start:end]).view(SAFETENSORS_DTYPES[entry["dtype"]])
-                tensors[name] = data.view(entry["shape"])
+            start, end = entry["data_offsets"]
+            data = body[start:end].view(SAFETENSORS_DTYPES[entry["dtype"]])
+            tensors[name] = data.view(entry["shape"])
         return tensors
     except (ValueError, KeyError, RuntimeError, AttributeError, TypeError) as error:
         raise SystemExit(f"{path}: not a complete safetensors file of floats ({error}); copy or "
@@ -543,25 +539,32 @@ def read_safetensors(path) -> dict[str, torch.Tensor]:
 
 
 def save_model(folder, model, tensors=None, write: bool = True):
-    """Writes config.json and model.safetensors as Hugging Face does. tensors: (name, full tensor)
-    in the order of model.named_parameters(), from `Sharded.full_parameters()` under ZeRO; then it
-    is collective, with write=True on rank 0."""
-    folder, config = Path(folder), model.config
+    """Writes config.json and model.safetensors as Hugging Face does.
+
+    Under ZeRO (zero.py) no process has the whole model. Then `tensors`, (name, full tensor) in the
+    order of model.named_parameters(), come from `Sharded.full_parameters()`: all processes put each
+    together when it is asked for. So all call this and ask for all, but one, by `write`, writes.
+    """
     parameters = dict(model.named_parameters())
-    dtype = next(iter(parameters.values())).dtype
-    shapes = {name: tuple(p.shape) for name, p in parameters.items()}
-    if write:
-        folder.mkdir(parents=True, exist_ok=True)
-        task = "ForSequenceClassification" if isinstance(model, ScalarModel) else "ForCausalLM"
-        entries = asdict(config) | {
-            "torch_dtype": str(dtype).removeprefix("torch."), "hidden_act": "silu",
-            "architectures": [config.model_type.capitalize() + task]}
-        if isinstance(model, ScalarModel):
-            entries["num_labels"] = 1
-        text = json.dumps(entries, indent=2).encode()
-        write_atomically(folder / "config.json", lambda file: file.write(text))
     tensors = parameters.items() if tensors is None else tensors
-    write_safetensors(folder / "model.safetensors", shapes, dtype, tensors, write)
+    if not write:
+        for _ in tensors:
+            pass
+        return
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    dtype = next(iter(parameters.values())).dtype
+    scalar = isinstance(model, ScalarModel)
+    task = "ForSequenceClassification" if scalar else "ForCausalLM"
+    entries = asdict(model.config) | {
+        "torch_dtype": str(dtype).removeprefix("torch."), "hidden_act": "silu",
+        "architectures": [model.config.model_type.capitalize() + task]}
+    if scalar:
+        entries["num_labels"] = 1
+    with written_whole(folder / "config.json") as file:
+        file.write(json.dumps(entries, indent=2).encode())
+    shapes = {name: tuple(p.shape) for name, p in parameters.items()}
+    write_safetensors(folder / "model.safetensors", shapes, dtype, tensors)
 
 
 def load_config(folder) -> ModelConfig:
@@ -573,9 +576,10 @@ def load_config(folder) -> ModelConfig:
         raw = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise SystemExit(f"{path}: broken JSON ({error}); copy or train it again")
-    kind, rope = raw.get("model_type"), raw.get("rope_parameters") or raw.get("rope_scaling") or {}
+    kind = raw.get("model_type")
     if kind not in ("llama", "qwen2", "qwen3"):
         raise SystemExit(f"{path}: model_type {kind!r} is not one of llama, qwen2, qwen3")
+    rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}  # of version 5, of 4
     scaled = rope.get("rope_type", rope.get("type", "default")) != "default"
     if scaled or raw.get("use_sliding_window") or raw.get("hidden_act", "silu") != "silu":
         raise SystemExit(f"{path}: scaled rotary positions, sliding windows and activations other "
@@ -585,6 +589,7 @@ def load_config(folder) -> ModelConfig:
               "num_attention_heads", "max_position_embeddings"}
     if needed - known.keys():
         raise SystemExit(f"{path}: lacks {', '.join(sorted(needed - known.keys()))}")
+    # what transformers takes where a file says nothing
     implied = {"num_key_value_heads": raw["num_attention_heads"], "rms_norm_eps": 1e-6,
                "rope_theta": rope.get("rope_theta", 10000.0), "tie_word_embeddings": False}
     return ModelConfig(**implied | known)
@@ -596,16 +601,17 @@ def load_model(folder, kind=CausalLM, device="cpu", dtype=torch.float32):
     missing, misshapen or surplus weight ends with one line that names it."""
     folder = Path(folder)
     model = kind(load_config(folder)).to(dtype)
-    files = sorted(folder.glob("model*.safetensors"))  # large models come in several
-    if not files:
+    weights = {}
+    for file in sorted(folder.glob("model*.safetensors")):  # large models come in several
+        weights |= read_safetensors(file)
+    if not weights:
         raise SystemExit(f"{folder}: holds no model.safetensors; was its training finished?")
-    weights = {name: tensor for file in files for name, tensor in read_safetensors(file).items()}
     parameters = dict(model.named_parameters())
     for name, parameter in parameters.items():
         if name not in weights and name == "score.weight":
             continue
-        if name not in weights or weights[name].shape != parameter.shape:
-            found = tuple(weights[name].shape) if name in weights else "nothing"
+        found = tuple(weights[name].shape) if name in weights else "nothing"
+        if found != tuple(parameter.shape):
             raise SystemExit(f"{folder}: {name} should be {tuple(parameter.shape)}, the file has "
                              f"{found}")
         parameter.data.copy_(weights[name])
