@@ -17,6 +17,7 @@ import argparse
 import json
 import math
 import os
+import unicodedata
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -623,9 +624,40 @@ def load_model(folder, kind=CausalLM, device="cpu", dtype=torch.float32):
 
 # ==== command line
 
+def chat(model, data, args):
+    """The user types and the model answers, or answers --prompt and ends; /new forgets what was
+    said. data: the module data.py, for its tokenizer and chat template."""
+    tokenizer = data.Tokenizer.load(args.folder)
+    end_id = tokenizer.ids["<|endoftext|>" if args.template == "none" else "<|end|>"]
+    room = model.config.max_position_embeddings - 1
+    start = [{"role": "system", "content": args.system}] if args.system else []
+    messages = list(start)
+    while True:
+        try:
+            text = args.prompt or input("\n> ")
+        except (EOFError, KeyboardInterrupt):
+            return print()
+        if text.strip() == "/new" and not args.prompt:
+            messages = list(start)
+            continue
+        text = unicodedata.normalize("NFKC", text)  # the form of the cleaned text it has learned
+        messages.append({"role": "user", "content": text})
+        ids, _ = data.render(messages, tokenizer, args.template)
+        reply, shown = [], ""
+        steps = generate_steps(model, [ids[-room:]], args.max_new_tokens, end_id, args.temperature,
+                               args.top_p, [args.seed + len(messages)])
+        for _, tokens in steps:
+            reply += tokens
+            text = tokenizer.decode(reply).rstrip("\ufffd")  # a Han character may miss some bytes
+            print(text[len(shown) :], end="", flush=True)
+            shown = text
+        print()
+        messages.append({"role": "assistant", "content": shown})
+        if args.prompt:
+            return
 
-def main(chat):
-    """The command line; chat is data.py's, since nothing above this block imports another file."""
+
+def main(data):
     parser = argparse.ArgumentParser(description="Chat with a checkpoint, or list the presets.")
     add = parser.add_argument
     add("folder", nargs="?", help="folder of a checkpoint, such as out/sft; none: the presets")
@@ -638,21 +670,12 @@ def main(chat):
     add("--top-p", type=float, default=1.0)
     add("--seed", type=int, default=0)
     args = parser.parse_args()
-    if args.folder is None:
-        print(f"{'preset':<12}{'parameters':>18}{'12·L·C²':>18}")
-        for name, config in PRESETS.items():
-            estimate = 12 * config.num_hidden_layers * config.hidden_size**2
-            print(f"{name:<12}{config.num_parameters():>18,}{estimate:>18,}")
-        return
-    model = load_model(args.folder)
-
-    def stream(ids, end_id, seed):
-        steps = generate_steps(model, [ids], args.max_new_tokens, end_id, args.temperature,
-                               args.top_p, [seed])
-        return (tokens[0] for _, tokens in steps)
-
-    chat(stream, args.folder, args.prompt, args.system, args.template, args.seed,
-         model.config.max_position_embeddings)
+    if args.folder:
+        return chat(load_model(args.folder), data, args)
+    print(f"{'preset':<12}{'parameters':>18}{'12·L·C²':>18}")
+    for name, config in PRESETS.items():
+        estimate = 12 * config.num_hidden_layers * config.hidden_size**2
+        print(f"{name:<12}{config.num_parameters():>18,}{estimate:>18,}")
 
 
 # ==================================================================================================
@@ -794,6 +817,6 @@ class TargetLogprobs(torch.autograd.Function):
 
 
 if __name__ == "__main__":
-    from data import chat
+    import data  # not above: the files of the ground floor don't import one another
 
-    main(chat)
+    main(data)

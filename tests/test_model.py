@@ -5,11 +5,13 @@ Each test fails when one interesting line of model.py is wrong: a mask, a sign, 
 
 import json
 import math
+import sys
 
 import pytest
 import torch
 import torch.nn.functional as F
 
+import data
 import model as m
 from model import IGNORE, PRESETS, CausalLM, ModelConfig, ScalarModel, generate, token_logprobs
 
@@ -335,6 +337,33 @@ def test_samples_follow_temperature_and_nucleus(temperature, top_p, expected):
     uniform = (torch.arange(4000, dtype=torch.float64) + 0.5) / 4000  # a grid instead of luck
     share = m.sample(logits, temperature, top_p, uniform).bincount(minlength=4) / 4000
     close(share, torch.tensor(expected).float(), 5e-4)
+
+
+def test_the_chat_brings_text_into_normal_form_remembers_it_and_forgets(tmp_path, monkeypatch, capsys):
+    tokenizer = data.Tokenizer.from_merges([])  # ids 0-255 are the bytes
+    tokenizer.save(tmp_path)
+    m.save_model(tmp_path, build(vocab_size=tokenizer.vocab_size))
+    said, heard = ["/new", "ｈｉ，", "b", "/new", "c"], []
+
+    def steps(model, prompts, max_new_tokens, end_id, temperature, top_p, seeds):
+        heard.append((prompts, seeds))
+        for token in [*"好".encode(), end_id]:
+            yield [0], [token]
+
+    monkeypatch.setattr("builtins.input", lambda _: said.pop(0))
+    monkeypatch.setattr(m, "generate_steps", steps)
+    monkeypatch.setattr(sys, "argv", ["model.py", str(tmp_path), "--seed", "7"])
+    with pytest.raises(IndexError):  # nothing more is said
+        m.main(data)
+    assert capsys.readouterr().out == "好\n" * 3
+    roles = ["user", "assistant", "user"]
+    turns = ["hi,"], ["hi,", "好", "b"], ["c"]
+    for (prompts, seeds), texts in zip(heard, turns, strict=True):
+        messages = [{"role": role, "content": text} for role, text in zip(roles, texts)]
+        everything = data.render(messages, tokenizer)[0]
+        assert prompts == [everything[-23:]]  # what fits into 24 with a first token of the reply
+        assert seeds == [7 + len(texts)]
+    assert len(everything) < 23 < len(heard) + 30
 
 
 def test_a_prompt_or_batch_longer_than_the_context_ends_with_one_line():
