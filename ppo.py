@@ -225,7 +225,7 @@ def learn(policy, value, rollouts, count, tokenizer, cfg, device) -> tuple[dict,
     off = (ratio.detach() - 1).abs()
     k3 = ratio - 1 - (now - before)  # its mean is KL(π_old, π), and no term is negative
     columns = (losses, value_losses, k3, off > cfg.cliprange)
-    sums = {name: float(column.sum()) for name, column in zip(METRICS, columns)}
+    sums = {name: float(column.detach().sum()) for name, column in zip(METRICS, columns)}
     return sums, max(off.tolist(), default=0.0)
 
 

@@ -92,6 +92,7 @@ def watched(rank, name, config):
     def step(optimizer, lr):
         forwards.append([])
         flags.update({k: v for k, v in vars(optimizer).items() if isinstance(v, (bool, int))})
+        flags["stage"] = optimizer.split_state + optimizer.split_grads + optimizer.split_params
         flags["checkpointing"] = optimizer.model.model.activation_checkpointing
         return plain_step(optimizer, lr)
 
