@@ -297,6 +297,23 @@ def test_two_processes_under_zero_3_do_the_same_and_share_the_memory(plain, rank
             f"{name}: half of {numbers} numbers a weight")
 
 
+def test_a_run_stopped_half_way_goes_on_as_if_it_had_not(plain, alone, monkeypatch):
+    plain_boundary = zero.Run.boundary
+
+    def boundary(self, step, **optimizers):
+        self.stopping = self.first == 0 and step == 1
+        plain_boundary(self, step, **optimizers)
+
+    monkeypatch.setattr(zero.Run, "boundary", boundary)
+    with pytest.raises(SystemExit):
+        run(0, plain.root, "parts", {})
+    found = run(0, plain.root, "parts", {})
+    assert len(found.steps["CausalLM"]) == len(plain.steps["CausalLM"]) / 2, "not from the start"
+    for row, expected in zip(found.metrics, plain.metrics, strict=True):
+        agree(row, expected, f"step {expected['step']}")
+    agree(found.value, weights(plain.value), "value model")
+
+
 @pytest.mark.parametrize("fraction, held, std", [(0.0, 0, 1), (1.0, 11, 0.001)])
 def test_one_prompt_is_left_to_train_on_and_a_score_without_spread_is_not_divided_by_0(
         plain, alone, fraction, held, std):
