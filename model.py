@@ -32,7 +32,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-FAST = True  # False: attention and log-probabilities by their formulas, not by the file's last part
+FAST = True  # False: norm, rotation, attention and log-probabilities by their formulas alone
 IGNORE = -100  # "not a target": the label of every token that is not in the loss
 
 
@@ -120,7 +120,8 @@ class RMSNorm(nn.Module):
 
 def rope_table(config: ModelConfig) -> tuple[torch.Tensor, torch.Tensor]:
     """cos and ±sin of position · theta^(-2i/D), each (P, D) for P positions (RoFormer eq. 15)."""
-    frequencies = config.rope_theta ** (-torch.arange(0, config.head_dim, 2).double() / config.head_dim)
+    D = config.head_dim
+    frequencies = config.rope_theta ** (-torch.arange(0, D, 2).double() / D)
     positions = torch.arange(round_up(config.max_position_embeddings, 8))  # as batches are padded
     angles = positions.double()[:, None] * frequencies  # (P, D/2)
     cos, sin = angles.cos(), angles.sin()
@@ -249,7 +250,7 @@ class Decoder(nn.Module):
         if T > len(cos):
             raise SystemExit(f"model: {T} tokens exceed the context of "
                              f"{self.config.max_position_embeddings} (max_position_embeddings)")
-        mask = torch.full((T, T), -torch.inf, dtype=x.dtype, device=x.device).triu(1)
+        mask = x.new_full((T, T), -torch.inf).triu(1)
         return cos[:T], sin[:T], mask  # (T, D), (T, D), (T, T)
 
 
@@ -271,8 +272,7 @@ class LMHead(nn.Linear):
         kept = targets != IGNORE  # the head is a large product: spend it on the targets only
         logprobs_of = TargetLogprobs.apply if FAST else target_logprobs
         logprobs = logprobs_of(hidden[kept], self.weight, targets[kept])
-        zeros = torch.zeros(targets.shape, dtype=logprobs.dtype, device=hidden.device)
-        return zeros.masked_scatter(kept, logprobs)
+        return logprobs.new_zeros(targets.shape).masked_scatter(kept, logprobs)
 
 
 class CausalLM(nn.Module):
@@ -329,9 +329,9 @@ def expected_first_loss(config: ModelConfig) -> float:
 
 
 def token_logprobs(model: CausalLM, input_ids, targets):
-    """log π(targets[b, t] | input_ids[b, :t+1]), (B, T) in fp32, 0 where the target is IGNORE. The
-    one path by which SFT, rollout, reference and update see probabilities, so that PPO's first ratio
-    is 1. The shift by one is made with `targets`, in data.py (D4 2.2.2's loss shifts once more)."""
+    """log π(targets[b, t] | input_ids[b, :t+1]), (B, T) in fp32, 0 where the target is IGNORE.
+    SFT, rollout, reference and update all see probabilities by this path: so PPO's first ratio is
+    1. The shift by one is made with `targets`, in data.py (D4 2.2.2's loss shifts once more)."""
     return model.lm_head(model.model(input_ids), targets)
 
 
@@ -348,11 +348,11 @@ class KVCache:
 
     BLOCK = 32
 
-    def __init__(self, config: ModelConfig, pad, device, dtype):
-        """pad (B,): the number of empty columns in front of each row."""
+    def __init__(self, config: ModelConfig, pad, like):
+        """pad (B,): the empty columns in front of each row; like: a tensor of its device, dtype."""
         shape = (2, len(pad), config.num_key_value_heads, 0, config.head_dim)
-        self.kv = [torch.empty(shape, device=device, dtype=dtype)] * config.num_hidden_layers
-        self.pad = pad.to(device)
+        self.kv = [like.new_empty(shape)] * config.num_hidden_layers
+        self.pad = pad.to(like.device)
         self.used = 0  # columns that hold tokens
         self.size = 0  # S
 
@@ -365,8 +365,7 @@ class KVCache:
         pad = self.pad[:, None]
         seen = (keys <= queries[:, None]) & (keys >= pad[:, None])  # (B, T, S)
         seen |= keys == queries[:, None]  # padding sees itself: a softmax over nothing is NaN
-        mask = torch.zeros(seen.shape, dtype=self.kv[0].dtype, device=self.pad.device)
-        mask.masked_fill_(~seen, -torch.inf)
+        mask = self.kv[0].new_zeros(seen.shape).masked_fill(~seen, -torch.inf)
         return queries - pad, mask[:, None]
 
     def append(self, layer: int, k, v):
@@ -396,10 +395,12 @@ def generate_steps(model, prompts, max_new_tokens, end_id, temperature, top_p, s
     first = next(model.parameters())
     context = model.config.max_position_embeddings
     tokens, pad = left_padded(prompts, context)  # (B, T), (B,)
-    cache = KVCache(model.config, pad, first.device, first.dtype)
+    cache = KVCache(model.config, pad, first)
     # Not torch.multinomial, which draws for all rows from one generator: what a prompt is answered
     # must depend on its own seed and not on the other prompts of its batch.
-    uniforms = uniform_numbers(seeds, max_new_tokens)
+    uniforms = torch.empty(len(prompts), max_new_tokens, dtype=torch.float64)
+    for row, seed in zip(uniforms, seeds):
+        row.uniform_(generator=torch.Generator().manual_seed(seed))
     rows = torch.arange(len(prompts))  # the prompt that each row of the batch continues
     alive = torch.ones(len(prompts), dtype=torch.bool)  # the rows that have not ended
     for step in range(max_new_tokens):
@@ -436,14 +437,6 @@ def left_padded(prompts, context):
     for row, prompt in zip(tokens, prompts):
         row[longest - len(prompt) :] = torch.tensor(prompt)
     return tokens, longest - lengths
-
-
-def uniform_numbers(seeds, count):
-    """Numbers in [0, 1), (len(seeds), count): a row from a generator of its own seed."""
-    numbers = torch.empty(len(seeds), count, dtype=torch.float64)
-    for row, seed in zip(numbers, seeds):
-        row.uniform_(generator=torch.Generator().manual_seed(seed))
-    return numbers
 
 
 def sample(logits, temperature, top_p, uniform):
@@ -499,10 +492,8 @@ def written_whole(path):
 
 def write_safetensors(path, shapes: dict, dtype, tensors):
     """The safetensors format: 8 bytes of header length, a JSON header, the raw bytes in a row.
-
     shapes: {name: shape}, in the order of `tensors`, an iterable of (name, tensor) consumed one by
-    one, so that a sharded model is written without ever being whole in memory.
-    """
+    one, so that a sharded model is written without ever being whole in memory."""
     [code] = [code for code, known in SAFETENSORS_DTYPES.items() if known == dtype]
     header = {"__metadata__": {"format": "pt"}}
     offset = 0
@@ -540,15 +531,11 @@ def read_safetensors(path) -> dict[str, torch.Tensor]:
 
 
 def save_model(folder, model, tensors=None, write: bool = True):
-    """Writes config.json and model.safetensors as Hugging Face does.
-
-    Under ZeRO (zero.py) no process has the whole model. Then `tensors`, (name, full tensor) in the
-    order of model.named_parameters(), come from `Sharded.full_parameters()`: all processes put each
-    together when it is asked for. So all call this and ask for all, but one, by `write`, writes.
-    """
+    """Writes config.json and model.safetensors as Hugging Face does. tensors: (name, full tensor)
+    in the order of model.named_parameters(), where the model's own are not whole: under ZeRO."""
     parameters = dict(model.named_parameters())
     tensors = parameters.items() if tensors is None else tensors
-    if not write:
+    if not write:  # all processes must ask for a tensor to gather it, although one writes (zero.py)
         for _ in tensors:
             pass
         return
@@ -680,7 +667,9 @@ def main(data):
 
 # ==================================================================================================
 # The same functions, faster: what runs where FAST is True. Each equals the lines quoted above it,
-# in value and in gradient.
+# in value and in gradient. What a gradient by hand takes from a training step on 2 cores (tiny,
+# small and char of tests/bench.py): the norm's 2 to 8 % in bf16, up to 3 % in fp32; the rotation's
+# up to 4 % and 1 %; the log-probabilities' up to 6 % and 1 %, and most of the logits' memory.
 
 # rms = (x.square().mean(-1, keepdim=True) + eps).sqrt()
 # x / rms * weight
@@ -779,8 +768,7 @@ def attention_fused(q, k, v, mask):
 class TargetLogprobs(torch.autograd.Function):
     """In chunks of rows: no more than KEPT of the N·V logits are ever alive. If there are more,
     backward computes each chunk's a second time. The gradient, by hand, of log p_target by the
-    logits is onehot - p.
-    """
+    logits is onehot - p."""
 
     KEPT, CHUNK = 1 << 24, 1 << 22  # logits
     ROWS = 256  # the least in a chunk

@@ -466,6 +466,8 @@ def test_the_learning_rate_warms_up_falls_to_its_floor_and_stays_there():
     rates = [z.lr_at(step, 100, 2.0, 0.1, 0.25) for step in range(130)]
     assert rates[:10] == pytest.approx([0.2 * (i + 1) for i in range(10)])
     assert rates[55] == pytest.approx(2 * (0.25 + 0.75 / 2))  # half way down the cosine
+    early = rates[32] - (rates[32] - rates[33]) / 2  # a quarter of the way, between two steps
+    assert early == pytest.approx(2 * (0.25 + 0.75 * (1 + math.sqrt(0.5)) / 2), rel=1e-3)
     assert all(a > b for a, b in zip(rates[10:100], rates[11:101]))
     assert rates[100:] == pytest.approx([0.5] * 30)  # D4 5.3.1's climbs again
 
