@@ -463,6 +463,10 @@ class AdamW(Sharded):
         self.t = 0  # steps taken
         self.in_flight = None  # the unit whose gradient is being summed, and the works
         self.handing_out = []  # stage 0: works that send finished sums to all ranks
+        self.pinned = None  # offload: memory that cannot be paged out, so that a GPU copies from it
+        if offload:
+            cuda = torch.device(self.device).type == "cuda"
+            self.pinned = torch.empty(PIECE["cpu"], dtype=self.dtype, pin_memory=cuda)
         # fp16 gradients below 6e-8 vanish: the loss is scaled up, by trial (D4 2.4.2)
         self.scale = 65536.0 if self.dtype == torch.float16 else 1.0
         self.good = 0  # steps since the last overflow
@@ -558,17 +562,24 @@ class AdamW(Sharded):
         """AdamW on this rank's part of the weights, with factor times its gradient."""
         for unit in self.trained:
             for part in pieces(unit.master):
-                grad = unit.grad[part].to(unit.master) * factor  # offload: to the host
+                grad = self.staged(unit.grad[part]).to(unit.master) * factor
                 adamw_(unit.master[part], grad, unit.exp_avg[part], unit.exp_avg_sq[part],
                        self.t, lr, self.betas, self.eps, self.weight_decay,
                        decayed=max(0, unit.decayed - unit.lo - part.start))  # of this piece
+
+    def staged(self, piece):
+        """A piece on its way between GPU and host (offload); else the piece itself."""
+        if self.pinned is None:
+            return piece
+        return self.pinned[: piece.numel()].copy_(piece)
 
     def publish(self):
         """Master weights → weights of the training dtype, wherever they are computed with."""
         works = []
         for unit in self.trained:
             if unit.master is not unit.shard:
-                unit.shard.copy_(unit.master)
+                for part in pieces(unit.master):
+                    unit.shard[part].copy_(self.staged(unit.master[part]))
             # (in stage 3 flat has no memory now: the next forward gathers what it needs)
             if self.split_state and unit.filling is not None:
                 works += all_gather(unit.flat, unit.shard)
