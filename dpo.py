@@ -65,7 +65,7 @@ def pairs_of(record, count, seed, misplaced=1.0) -> list[tuple[str, str]]:
     of the prompts: many such refusals undo the others."""
     scores = record["scores"]
     sources = record.get("sources") or ["sample"] * len(scores)
-    drawn_share = keyed_seed(seed, record["messages"]) % 1000 / 1000  # in [0, 1), by the prompt
+    drawn_share = keyed_seed(seed, record["messages"]) % 1000 / 1000  # each prompt's own, in [0, 1)
     usable = []
     for reply, score, source in zip(record["replies"], scores, sources):
         bad_enough = score == -1 and drawn_share < misplaced
@@ -93,8 +93,8 @@ def pair_rows(record, pair, tokenizer, context) -> list[tuple[list[int], list[in
 
 def sequence_logprobs(model, pairs, tokenizer, device):
     """Chosen and rejected (P,) in one forward: log-probabilities of the replies, summed."""
-    rows = sum(pairs, [])  # chosen, rejected, chosen, rejected, …; collate pads even none
-    input_ids, targets = collate(rows, tokenizer.ids["<|pad|>"])  # (2P, T)
+    rows = sum(pairs, [])  # chosen, rejected, chosen, rejected, …
+    input_ids, targets = collate(rows, tokenizer.ids["<|pad|>"])  # (2P, T); of no rows (1, T)
     logprobs = token_logprobs(model, input_ids.to(device), targets.to(device))
     sums = logprobs.sum(-1)[: len(rows)]
     return sums.view(-1, 2).T
@@ -123,10 +123,12 @@ def reference_logprobs(pairs, tokenizer, cfg, device, dtype) -> list[tuple[float
 
 
 def pair_losses(model, pairs, reference, tokenizer, cfg, device):
-    """What is minimised, and the METRICS (5,): sums over the pairs (0 of an empty micro-batch)."""
+    """What is minimised, and the METRICS (5,): sums over the pairs (0 of an empty micro-batch).
+    reference: their (chosen, rejected) log-probabilities under the frozen start."""
     chosen, rejected = sequence_logprobs(model, pairs, tokenizer, device)
-    before = torch.tensor(reference, dtype=chosen.dtype, device=device).view(-1, 2)  # (P, 2)
-    losses, better, worse = dpo_loss(chosen, rejected, *before.T, cfg.beta)
+    before = torch.tensor(reference, dtype=chosen.dtype, device=device)
+    ref_chosen, ref_rejected = before.view(-1, 2).T
+    losses, better, worse = dpo_loss(chosen, rejected, ref_chosen, ref_rejected, cfg.beta)
     lengths = [sum(mask) for (_, mask), _ in pairs]
     likelihood = cfg.nll_coef * chosen / torch.tensor(lengths, device=device)  # not in the paper
     metrics = torch.stack([

@@ -36,7 +36,7 @@ GREEDY = -1  # the number of a greedy reply; samples are counted from 0
 
 def sampled(sharded, prompts, keys, temperature, ends, cfg, purpose) -> dict:
     """Replies {(prompt, number): token ids} for a list of such keys. Every process makes a share
-    and gets all; a reply has a seed of its own, the same on any number of processes."""
+    and gets all; a reply's seed is of its purpose and key, so it matters not who makes it."""
     mine = keys[dist.get_rank() :: dist.get_world_size()]
     asked = [prompts[i] for i, _ in mine]
     seeds = [keyed_seed(cfg.seed, purpose, i, n) for i, n in mine]
@@ -295,7 +295,7 @@ class TableConfig(BaseConfig):
     max_new_tokens: int = 64
 
 
-CORE = "(?!harmful|lookalike|cloze|.*_direct).*"  # families whose right answers were to be learned
+CORE = "(?!harmful|lookalike|cloze|.*_direct).*"  # any family but these: right answers are expected
 WORST = "exact match, worst family"
 RATES = {  # row: the groups of prompts, "family / split", that it counts
     "exact match, new combinations": f"{CORE} / combination",
@@ -469,15 +469,15 @@ def judged(records, replies, mix) -> dict:
             hits[i, n] = verdict in ("refusal", "over_refusal")
         if record["group"] in mix and n != GREEDY:
             gold[i, n] = gold_score(record, reply)
-    hits = by_prompt(records, hits)
+    rates = by_prompt(records, hits)
     column = {}
-    for row, groups in RATES.items():
-        chosen = {group: hits[group] for group in hits if re.fullmatch(groups, group)}
+    for row, pattern in RATES.items():
+        chosen = {group: rates[group] for group in rates if re.fullmatch(pattern, group)}
         column[row] = estimate(chosen, rate=True)
     families = {}
-    for group in sorted(hits):
+    for group in sorted(rates):
         if not group.startswith(MORAL):
-            families[group] = estimate({group: hits[group]}, rate=True)
+            families[group] = estimate({group: rates[group]}, rate=True)
     cells = [families[group] for group in families if re.fullmatch(RATES[WORST], group)]
     column[WORST] = min(cells, key=lambda cell: cell["mean"], default={})
     column["families"] = families
@@ -506,7 +506,7 @@ def estimate(groups, weights=None, rate=False) -> dict:
     # Its variance: that of each family's mean, s² / n, times its weight's square.
     variance = 0.0
     for family, rows in pairs.items():
-        off = rows[:, 0] - mean * rows[:, 1]  # from the ratio (Cochran 1977, 6.11)
+        off = rows[:, 0] - mean * rows[:, 1]  # a prompt from the ratio (Cochran 1977, 6.11)
         if rate:  # a 0 and a 1 more than were seen: 80 right of 80 are not 100 ± 0 %
             off = np.append(off, [-mean, 1 - mean])
         spread = off.var(ddof=1) if len(off) > 1 else 0.0

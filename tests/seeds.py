@@ -5,8 +5,8 @@
     python tests/seeds.py merge out/seed-0/table.json out/seed-1/table.json --out out/table.json
                                                           several seeds' tables as one, likewise
 
-The two columns tell what a right answer is worth: the reply to the most similar training prompt, and
-the family's commonest reply. They answer the same held-out prompts, before the same judge.
+The two columns tell what a right answer is worth: the reply to the most similar training prompt,
+and the family's commonest reply. They answer the same held-out prompts, before the same judge.
 """
 
 import argparse

@@ -192,7 +192,8 @@ def test_a_misplaced_reply_is_what_this_prompt_must_not_get():
 
 
 def test_pairs_of_replies_are_named_by_what_they_differ_in():
-    harmful = {"kind": "harmful", "scores": [1.0, -1.0, -0.5], "sources": ["sample", "sample", "hot"]}
+    harmful = {"kind": "harmful", "scores": [1.0, -1.0, -0.5],
+               "sources": ["sample", "sample", "hot"]}
     assert reward.pair_kind(harmful, 0, 1) == "safety"
     assert reward.pair_kind(harmful, 0, 2) == "right/wrong, hot"  # a broken refusal
     other = {"kind": "exact", "scores": [1.0, 0.0, 0.0, -1.0],
@@ -356,7 +357,8 @@ def test_the_figure_has_every_model_in_every_panel_and_percentages(tmp_path):
     columns = {"best constant": {row: cell}, "out/base": {"bits per byte": cell},
                "out/sft": {row: cell, "gold score, T=1": cell, "bits per byte": cell}}
     models = {"base": columns["out/base"], "sft": columns["out/sft"]}
-    found = {name: points for panel in seeds.panels(models).values() for name, points in panel.items()}
+    found = {row: points for panel in seeds.panels(models).values()
+             for row, points in panel.items()}
     assert found[row] == [None, (50.0, 0.0, 100.0)]
     assert found["gold score, T=1"] == [None, (0.5, 0.0, 1.0)]
     seeds.figure(columns, tmp_path / "a.svg")
