@@ -98,15 +98,17 @@ def nll_sum(model, windows, device):
 @torch.no_grad()
 def evaluate(model, tokens, cfg, device) -> dict:
     """Loss per token and bits per byte of the held-out text: each token is scored once, with up to
-    --context tokens before it."""
+    --context tokens before it. {}: there is none."""
     windows = tokens.windows()
+    if not windows:
+        return {}
     mine = 0.0
     for part in my_micro_batches([len(window) for window in windows], cfg.micro_tokens):
         mine += float(nll_sum(model, [windows[i] for i in part], device))
     [nats] = all_sum(mine, device=device)
-    targets = max(1, len(tokens.ids) - 1)
+    targets = len(tokens.ids) - 1
     bits = nats / math.log(2)
-    return {"loss": nats / targets, "bits_per_byte": bits / max(1, tokens.bytes)}
+    return {"loss": nats / targets, "bits_per_byte": bits / tokens.bytes}
 
 
 def open_model(cfg, tokenizer):
@@ -129,8 +131,10 @@ def show_sample(model, val, tokenizer):
 def main(cfg):
     # 1. data
     device, dtype = setup(cfg)
-    texts = f"{cfg.data},{cfg.val_data}" if cfg.val_data else cfg.data
-    run = Run(cfg, cfg.steps, inputs=texts.split(","))
+    files = [*cfg.data.split(","), *filter(None, cfg.val_data.split(","))]
+    if cfg.init:
+        files.append(f"{cfg.init}/model.safetensors")
+    run = Run(cfg, cfg.steps, inputs=files)
     tokenizer, train, val = corpus(cfg, run.record["inputs"])
     rank = dist.get_rank()
     per_step = cfg.batch_size * cfg.context  # target tokens

@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 
 from data import Tokenizer, Tokens, collate, epoch_rows, my_micro_batches, read_conversations
-from data import render, show
+from data import read_prompts, render, show
 from model import generate, load_model, save_model, token_logprobs
 from zero import AdamW, Run, RunConfig, all_sum, launch, lr_at, prepared, print0, setup
 
@@ -118,13 +118,11 @@ def open_replay(cfg, tokenizer):
 
 def show_replies(model, tokenizer, cfg):
     """Greedy replies to the first questions of --data."""
-    for record in read_conversations(cfg.data)[:3]:
-        messages = record["messages"]
-        question = messages[:-1] or messages
-        ids, _ = render(question, tokenizer, cfg.template)
+    for record in read_prompts(cfg.data)[:3]:
+        ids, _ = render(record["messages"], tokenizer, cfg.template)
         if len(ids) < model.config.max_position_embeddings:
             [reply] = generate(model, [ids], 64, tokenizer.ids["<|end|>"], temperature=0)
-            asked = question[-1]["content"][:80]
+            asked = record["messages"][-1]["content"][:80]
             print(f"{asked!r} → {tokenizer.decode(reply)!r}", flush=True)
 
 
@@ -140,7 +138,8 @@ def main(cfg):
         val = rows[end:]
         rows = rows[:end]
     steps = cfg.steps or max(1, round(cfg.epochs * len(rows) / cfg.batch_size))
-    run = Run(cfg, steps, inputs=[*cfg.data.split(","), f"{cfg.init}/model.safetensors"])
+    files = [*cfg.data.split(","), *filter(None, cfg.val_data.split(","))]
+    run = Run(cfg, steps, inputs=[*files, f"{cfg.init}/model.safetensors"])
     replay = open_replay(cfg, tokenizer)
     share = trained(rows) / sum(len(ids) for ids, _ in rows)
     print0(f"{len(rows):,} conversations, {share:.0%} of their tokens trained, {len(val)} held "

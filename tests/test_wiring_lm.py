@@ -249,17 +249,19 @@ def test_flags_of_memory_and_speed_reach_the_model_and_the_optimizer(home, run, 
 
 
 @pytest.mark.parametrize("script, changed", [("pretrain", "data"), ("pretrain", "val_data"),
-                                             ("sft", "data"), ("sft", "init")])
+                                             ("sft", "data"), ("sft", "val_data"), ("sft", "init")])
 def test_a_run_whose_input_has_changed_starts_over_with_what_stands_there_now(
         home, run, tmp_path, script, changed):
     shutil.copytree(home, tmp_path / "home")
     cfg = one_step(script, tmp_path / "home", tmp_path / "out")
+    cfg = replace(cfg, val_data=f"{tmp_path}/home/held." + ("txt" if script == "pretrain" else "jsonl"))
     run(1, script, cfg)
     path = Path(getattr(cfg, changed))
     if changed == "init":
         checkpoint(path, seed=2)
     else:
-        path.write_text(path.read_text(encoding="utf-8").replace("b", "d"), encoding="utf-8")
+        text = path.read_text(encoding="utf-8")
+        path.write_text(text.replace("b", "d") if "b" in text else 2 * text, encoding="utf-8")
     [found] = run(1, script, cfg)
     assert "starting over" in found["printed"]
     run(1, script, replace(cfg, out=str(tmp_path / "new")))  # never knew the old
@@ -275,6 +277,7 @@ def test_without_held_out_data_or_a_whole_batch_there_is_still_a_run(home, run, 
     cfg = one_step("pretrain", home, tmp_path / "base")
     [found] = run(1, "pretrain", replace(cfg, val_data="", val_fraction=0.0))
     assert "0 held-out tokens" in found["printed"]
+    assert found["result"] == {}, "what was not measured is not 0"
 
 
 def test_compiled_blocks_train_and_do_not_judge(home, run, tmp_path, monkeypatch):
