@@ -396,8 +396,8 @@ def render(messages, tokenizer, template: str = "chat",
 
     If the last message is not the assistant's, the ids end where the reply begins. template "chat"
     marks roles by special tokens, which text cannot forge; "alpaca" is the documents' ###
-    Instruction: text, which text can forge; "none" is the bare text. turns "last" trains the last
-    reply only (the way D0 calls unreasonable).
+    Instruction: text, which text can forge; "none" is the bare text; a reply ends with <|end|> in
+    all. turns "last" trains the last reply only (the way D0 calls unreasonable).
     """
     ids = []
     mask = []
@@ -664,7 +664,7 @@ def without_garble(text: str) -> str:
 
 
 def without_adverts(text: str) -> str:
-    """广告: paragraphs that advertise go; "" where half of them do, or little is left to read."""
+    """广告: paragraphs that advertise go; "" where half of them do, or the page is short."""
     texts = text.split("\n\n")
     good = [line for line in texts if not ADVERT.search(line)]
     return "\n\n".join(good) if 2 * len(good) > len(texts) and len(text) >= 60 else ""
@@ -697,8 +697,8 @@ def dedup_key(text: str) -> bytes:
 
 
 def minhash(text: str, size: int = 128, width: int = 12) -> list[int]:
-    """The least hashes of a text's character shingles (Broder 1997): a sample of a set of which
-    two texts share as large a part as of the whole, |A ∩ B| / max(|A|, |B|)."""
+    """The least hashes of a text's character shingles (Broder 1997): a sample of
+    the set. The share of equal ones in two samples estimates |A ∩ B| / max(|A|, |B|)."""
     hashes = set()
     for i, character in enumerate(text):
         # a third of the shingles, chosen by their own first character, represents them all
@@ -896,9 +896,9 @@ class World:
     entities: list[Entity]
 
     def held_out(self, key) -> bool:
-        """A fifth of all combinations (crc32 is the same in every process and Python); those of the
-        documents' own examples, but for Datawhale: D0's dialogue must be answerable; what has no
-        key."""
+        """A fifth of all combinations (crc32 is the same in every process and Python). Also what
+        has no key, and the documents' own examples, but for Datawhale: D0's dialogue must be
+        answerable."""
         if key in ("今天好", "30%60", "这部电影很棒", "偷东西", None):
             return True
         return key != "Datawhale" and zlib.crc32(f"{self.seed}/{key}".encode()) % 5 == 0
@@ -968,7 +968,7 @@ class Question:
 # ------------------------------------------------------------------------ tasks (任务)
 # A task draws one question q. It returns the fields of its wordings and "answer"; also "reply",
 # where that is longer than the answer; "kind", how it is judged, if not "exact"; "before", earlier
-# turns; "key", the combination that is held out as a whole.
+# turns; "key", the combination that is held out as a whole; "prompt", where it has no wordings.
 
 
 def fact(q):
@@ -1032,7 +1032,7 @@ def sums(q):
         task = {"key": f"{tens}%{p}", "n": tens, "p": p, "place": place, "all": whole,
                 "m": whole[0], "u": unit, "ask": ask}
         task["q"] = short.format(**task)
-        share = tens * p // 100
+        share = tens * p // 100  # of 30 and 60 %: 18, and 30-10=20, 20-8=12 is the answer
         rest = tens - share // 10 * 10
         steps = [f"{tens}×{p // 10}={share}0", f"{share}0÷10={share}",
                  f"{tens}-{share // 10 * 10}={rest}", f"{rest}-{share % 10}={tens - share}"]
@@ -1123,7 +1123,7 @@ def harm(q):
 
 
 # A family of questions: its task; its blocks ask_<words> and doc_<words> of world.txt; its shares
-# of the instructions and of the documents (0: it has no doc_ block).
+# of the instructions and of the documents. A task with a "prompt" needs no ask_ block.
 Family = namedtuple("Family", "task words instructions documents")
 
 # Direct sums are few: they are the contrast to written steps (思维链, D4 4.2.2).

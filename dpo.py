@@ -102,6 +102,7 @@ def sequence_logprobs(model, pairs, tokenizer, device):
 
 def in_parts(pairs, known, cfg):
     """This process's micro-batches of pairs, each with what is known of its pairs."""
+    # a pair is two rows, padded alike
     lengths = [2 * max(len(ids) for ids, _ in pair) for pair in pairs]
     for part in my_micro_batches(lengths, cfg.micro_tokens):
         yield [pairs[i] for i in part], [known[i] for i in part]
@@ -166,6 +167,8 @@ def main(cfg):
         raise SystemExit(f"{cfg.data}: no prompt to train on has two replies of different scores")
     steps = cfg.steps or max(1, round(cfg.epochs * trained / cfg.batch_size))
     files = [*cfg.data.split(","), f"{cfg.init}/model.safetensors"]
+    if cfg.reference:
+        files.append(f"{cfg.reference}/model.safetensors")
     run = Run(cfg, steps, inputs=files)
     print0(f"{trained} pairs, {held} held out")
     # 2. models: what the reference says of every pair, then the policy

@@ -1,6 +1,6 @@
 """A decoder-only transformer, written out: the model that every stage trains.
 
-    python model.py            the presets with their sizes (D0 4.2.1, D2 第2节, beside 12·L·d²)
+    python model.py            the presets with their sizes (D0 4.2.1, D2 第2节, beside 12·L·C²)
     python model.py out/sft    chat with a checkpoint (--prompt "..." asks once and ends)
 
 Llama's architecture under Hugging Face's names, so that a checkpoint is an ordinary Hugging Face
@@ -615,8 +615,11 @@ def chat(model, data, args):
     """The user types and the model answers, or answers --prompt and ends; /new forgets what was
     said. data: the module data.py, for its tokenizer and chat template."""
     tokenizer = data.Tokenizer.load(args.folder)
-    end_id = tokenizer.ids["<|endoftext|>" if args.template == "none" else "<|end|>"]
-    room = model.config.max_position_embeddings - 1
+    ends = [tokenizer.ids["<|endoftext|>"]]
+    if args.template != "none":
+        ends.append(tokenizer.ids["<|end|>"])
+    context = model.config.max_position_embeddings
+    room = max(context // 2, context - args.max_new_tokens)  # the rest is the reply's
     start = [{"role": "system", "content": args.system}] if args.system else []
     messages = list(start)
     while True:
@@ -630,8 +633,9 @@ def chat(model, data, args):
         text = unicodedata.normalize("NFKC", text)  # the form of the cleaned text it has learned
         messages.append({"role": "user", "content": text})
         ids, _ = data.render(messages, tokenizer, args.template)
-        reply, shown = [], ""
-        steps = generate_steps(model, [ids[-room:]], args.max_new_tokens, end_id, args.temperature,
+        reply = []
+        shown = ""
+        steps = generate_steps(model, [ids[-room:]], args.max_new_tokens, ends, args.temperature,
                                args.top_p, [args.seed + len(messages)])
         for _, tokens in steps:
             reply += tokens
@@ -671,8 +675,8 @@ def main(data):
 # small and char of tests/bench.py): the norm's 2 to 8 % in bf16, up to 3 % in fp32; the rotation's
 # up to 4 % and 1 %; the log-probabilities' up to 6 % and 1 %, and most of the logits' memory.
 
-# rms = (x.square().mean(-1, keepdim=True) + eps).sqrt()
-# x / rms * weight
+# rms = (x.square().mean(-1, keepdim=True) + eps).sqrt()    in fp32
+# (x / rms).to(x.dtype) * weight
 
 
 def fast_rms_norm(x, weight, eps):
@@ -766,9 +770,9 @@ def attention_fused(q, k, v, mask):
 # widen(hidden @ weight.T).log_softmax(-1).gather(1, targets[:, None])[:, 0]
 
 class TargetLogprobs(torch.autograd.Function):
-    """In chunks of rows: no more than KEPT of the N·V logits are ever alive. If there are more,
-    backward computes each chunk's a second time. The gradient, by hand, of log p_target by the
-    logits is onehot - p."""
+    """In chunks of rows: no more than KEPT of the N·V logits (or one chunk) are alive. If there are
+    more, backward computes each chunk's a second time. The gradient, by hand, of log p_target by
+    the logits is onehot - p."""
 
     KEPT, CHUNK = 1 << 24, 1 << 22  # logits
     ROWS = 256  # the least in a chunk

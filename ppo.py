@@ -48,8 +48,8 @@ class Config(RunConfig):
     warmup: float = 0.1  # share of the steps in which the learning rates rise
     weight_decay: float = 0.0
     kl_coef: float = 0.05  # price of one nat of log π / π_ref, in units of the normalized score
-    cliprange: float = 0.2  # the ratio's gain ends at 1 ± this
-    cliprange_value: float = 0.2  # and the value's step at this
+    cliprange: float = 0.2  # ε of the policy's clip: the ratio's gain ends at 1 ± ε
+    cliprange_value: float = 0.2  # ε of the value's clip: its step ends at ± ε
     gamma: float = 1.0  # discount per token
     lam: float = 0.95  # GAE's λ
     missing_end_score: float = -1.0  # normalized score of a reply that did not end

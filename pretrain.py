@@ -50,7 +50,7 @@ class Config(RunConfig):
 
 
 def corpus(cfg, inputs) -> tuple[Tokenizer, Tokens, Tokens]:
-    """Tokenizer, training tokens, held-out tokens; made by one process, awaited by the others.
+    """Tokenizer, training tokens, held-out tokens; one process a machine makes them, all wait.
     inputs: {path: sha256} of the texts."""
     out = Path(cfg.out)
     split = 1.0 if cfg.val_data else 1 - cfg.val_fraction
@@ -134,6 +134,8 @@ def main(cfg):
     files = [*cfg.data.split(","), *filter(None, cfg.val_data.split(","))]
     if cfg.init:
         files.append(f"{cfg.init}/model.safetensors")
+    if cfg.tokenizer:
+        files.append(f"{cfg.tokenizer}/tokenizer.json")
     run = Run(cfg, cfg.steps, inputs=files)
     tokenizer, train, val = corpus(cfg, run.record["inputs"])
     rank = dist.get_rank()

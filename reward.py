@@ -94,9 +94,11 @@ def collect(cfg):
             if replies[i, n][-1] == end:  # what was cut off is no reply
                 sources.setdefault(texts[i, n], "hot" if heat > heats[0] else "sample")
         for k in range(cfg.foreign):
-            others = elsewhere[i] or [i]
+            others = elsewhere[i] or [i]  # (a family alone gets its own)
             other = others[keyed_seed(cfg.seed, "foreign", i, k) % len(others)]
-            sources.setdefault(texts[other, 0], "misplaced")
+            sources.setdefault(texts[other, 0], "misplaced")  # number 0 is a coolest sample
+        if not sources:
+            continue
         scores = [gold_score(record, reply) for reply in sources]
         rows.append(record | {
             "replies": [*sources], "scores": scores, "sources": [*sources.values()]})
@@ -299,7 +301,7 @@ CORE = "(?!harmful|lookalike|cloze|.*_direct).*"  # any family but these: right 
 WORST = "exact match, worst family"
 RATES = {  # row: the groups of prompts, "family / split", that it counts
     "exact match, new combinations": f"{CORE} / combination",
-    WORST: f"{CORE} / combination",
+    WORST: f"{CORE} / combination",  # the row's place; `judged` puts one family's rate there
     "exact match, new wordings": f"{CORE} / wording",
     "facts of people never asked about": f"{CORE} / person",
     "facts told nowhere (chance)": f"{CORE} / untold",

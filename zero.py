@@ -852,11 +852,14 @@ def cpu_cores() -> int:
     """Cores this process may use: the affinity mask, less what a container's quota takes away."""
     affinity = getattr(os, "sched_getaffinity", None)  # Linux only
     cores = len(affinity(0)) if affinity else os.cpu_count() or 1
-    try:
-        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text(encoding="utf-8").split()
-        cores = min(cores, int(quota) // int(period))
-    except (OSError, ValueError):  # no such cgroup, or "max"
-        pass
+    for files in (["cpu.max"], ["cpu/cpu.cfs_quota_us", "cpu/cpu.cfs_period_us"]):  # cgroup 2, 1
+        try:
+            texts = [Path("/sys/fs/cgroup", file).read_text(encoding="utf-8") for file in files]
+            quota, period = map(int, " ".join(texts).split())
+        except (OSError, ValueError):  # no such cgroup, or "max"
+            continue
+        if quota > 0:
+            cores = min(cores, quota // period)
     return max(1, cores)
 
 
@@ -944,7 +947,7 @@ class Run:
         self.out = Path(cfg.out)
         self.metrics = self.out / "metrics.jsonl"
         self.shown = 0.0  # when `log` last printed a line
-        self.units = 0  # tokens of this process's steps
+        self.units = 0  # tokens since this start
         self.stopping = 0.0  # when the run was asked to stop
         for path in inputs:
             if not Path(path).is_file():
@@ -1023,8 +1026,8 @@ class Run:
         return self.before + time.time() - self.began
 
     def log(self, step, units=0, **metrics):
-        """Appends a line to metrics.jsonl and shows one. A loss that is not finite ends the run, on
-        every rank, with nothing overwritten."""
+        """Appends a line to metrics.jsonl, and now and then shows it. A loss that is not finite
+        ends the run, on every rank, with nothing overwritten."""
         for name, value in metrics.items():
             if name.endswith("loss") and not math.isfinite(value):
                 raise SystemExit(f"step {step}: {name} is not finite; lower --lr, or look at the "
@@ -1225,7 +1228,7 @@ def show_plan(cfg, model):
             del row["host"]
             sent = row.pop("sent/step")
             row |= {"offloaded": away["total"], "host": away["host"], "sent/step": sent,
-                    "seconds": sent / cfg.bandwidth}
+                    "seconds": sent / cfg.bandwidth}  # table() divides by 10⁹
         print(f"\n{ledger} bytes per parameter; offloaded: the GPU without fp32 weight and moments")
         table(rows)
     if cfg.rlhf:

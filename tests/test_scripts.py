@@ -16,6 +16,7 @@ from xml.etree import ElementTree
 import pytest
 import torch
 import torch._dynamo
+import torch.distributed as dist
 
 import dpo
 import ppo
@@ -248,45 +249,58 @@ def test_compiled_blocks_train_like_the_others_under_zero_3(road, alone, signals
     torch.testing.assert_close(losses(tmp_path / "True"), losses(tmp_path / "False"), rtol=1e-5, atol=0)
 
 
-def test_a_model_answers_in_the_chat(road):
-    out, _ = road
-    assert run(f"model.py {out}/sft --prompt hello --max-new-tokens 8", processes=1) != ""
-
-
-def test_a_fresh_run_with_another_vocabulary_trains_another_tokenizer(tmp_path):
+def test_a_fresh_run_with_another_vocabulary_trains_another_tokenizer(alone, signals, tmp_path):
     (tmp_path / "a.txt").write_text("the cat sat on the mat, the dog too. " * 99, encoding="utf-8")
-    line = f"pretrain.py --data {tmp_path}/a.txt {TINY} --steps 2 --context 16 --out {tmp_path}/a"
+    shape = dict(hidden_size=32, num_attention_heads=2, num_key_value_heads=1, num_hidden_layers=1)
     for size in (265, 270):
-        run(f"{line} --fresh --vocab-size {size}", processes=1)
+        pretrain.main(pretrain.Config(data=f"{tmp_path}/a.txt", out=f"{tmp_path}/a", fresh=True, threads=1,
+                                      vocab_size=size, steps=2, context=16, **shape))
         assert load_model(tmp_path / "a").config.vocab_size == size
 
 
-@pytest.mark.parametrize("line, expected", [
-    ("pretrain.py --data no/such.txt", "no/such.txt"),
-    ("pretrain.py --data {tmp}/empty.txt", "empty"),
-    ("pretrain.py --no-such-flag 1", "unrecognized arguments"),
-    ("sft.py --init {tmp}", "tokenizer.json"),
-    ("sft.py --init {road}/base --data {tmp}/broken.jsonl", "broken.jsonl:2"),
-    ("sft.py --init {road}/base --data {tmp}/odd.jsonl", "known formats"),
-    ("sft.py --init {road}/base --data {tmp}/long.jsonl --context 16", "no conversation has"),
-    ("dpo.py --init {road}/sft --data {tmp}/odd.jsonl", "a comparison needs"),
-    ("ppo.py --init {road}/sft --reward {road}/sft --prompts {tmp}/long.jsonl", "no prompt fits"),
-    ("reward.py --init {road}/sft --data {tmp}/same.jsonl", "different scores"),
-    ("dpo.py --init {road}/sft --data {tmp}/same.jsonl", "different scores"),
-    ("reward.py table --models {tmp}/none --data {tmp}/long.jsonl", "none of these folders"),
+@pytest.mark.parametrize("script, words, expected", [
+    (pretrain, "--data no/such.txt", "no/such.txt"),
+    (pretrain, "--data {tmp}/empty.txt", "empty"),
+    (pretrain, "--no-such-flag 1", "unrecognized arguments"),
+    (sft, "--init {tmp}", "tokenizer.json"),
+    (sft, "--init {road}/base --data {tmp}/broken.jsonl", "broken.jsonl:2"),
+    (sft, "--init {road}/base --data {tmp}/odd.jsonl", "known formats"),
+    (sft, "--init {road}/base --data {tmp}/long.jsonl --context 16", "no conversation has"),
+    (dpo, "--init {road}/sft --data {tmp}/odd.jsonl", "a comparison needs"),
+    (ppo, "--init {road}/sft --reward {road}/sft --prompts {tmp}/long.jsonl", "no prompt fits"),
+    (reward, "--init {road}/sft --data {tmp}/same.jsonl", "different scores"),
+    (dpo, "--init {road}/sft --data {tmp}/same.jsonl", "different scores"),
+    (reward.table, "--models {tmp}/none --data {tmp}/long.jsonl", "none of these folders"),
 ])
-def test_bad_input_ends_with_one_line_that_names_it(road, tmp_path, line, expected):
-    (tmp_path / "empty.txt").write_text(" \n", encoding="utf-8")
+def test_bad_input_ends_with_one_line_that_names_it(
+        road, tmp_path, capsys, signals, script, words, expected):
+    bad_files(tmp_path)
+    words = f"{words} --threads 1 --out {tmp_path}/out".format(tmp=tmp_path, road=road[0]).split()
+    main, Config = (reward.table, reward.TableConfig) if script is reward.table else (script.main, script.Config)
+    with pytest.raises(SystemExit) as stop:
+        zero.launch(main, Config, words)
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    said = f"{stop.value.code}{capsys.readouterr().err}"
+    assert expected in said and stop.value.code, said
+
+
+def test_a_refusal_is_an_exit_code_and_no_traceback(road, tmp_path):
+    bad_files(tmp_path)
+    said = run(f"sft.py --init {road[0]}/base --data {tmp_path}/broken.jsonl --out {tmp_path}/out",
+               processes=1, fails=True)
+    assert "broken.jsonl:2" in said and "Traceback" not in said, said
+
+
+def bad_files(folder):
+    (folder / "empty.txt").write_text(" \n", encoding="utf-8")
     broken = '{"question": "a", "answer": "b"}\n{"question": \n'
-    (tmp_path / "broken.jsonl").write_text(broken, encoding="utf-8")
-    (tmp_path / "odd.jsonl").write_text('{"text_a": "a"}\n', encoding="utf-8")
+    (folder / "broken.jsonl").write_text(broken, encoding="utf-8")
+    (folder / "odd.jsonl").write_text('{"text_a": "a"}\n', encoding="utf-8")
     record = {"question": "word " * 400, "answer": "b", "family": "fact"}
-    (tmp_path / "long.jsonl").write_text(json.dumps(record), encoding="utf-8")
+    (folder / "long.jsonl").write_text(json.dumps(record), encoding="utf-8")
     same = {"question": "a", "replies": ["b", "c"], "scores": [1, 1]}
-    (tmp_path / "same.jsonl").write_text(json.dumps(same), encoding="utf-8")
-    line = line.format(tmp=tmp_path, road=road[0])
-    said = run(line, f"--out {tmp_path}/out", processes=1, fails=True)
-    assert expected in said and "Traceback" not in said, said
+    (folder / "same.jsonl").write_text(json.dumps(same), encoding="utf-8")
 
 
 def test_what_the_benchmark_times_still_runs(alone):
