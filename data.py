@@ -20,9 +20,10 @@ import time
 import unicodedata
 import zlib
 from collections import Counter, defaultdict, namedtuple
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
-from itertools import groupby
+from itertools import chain, groupby
 from pathlib import Path
 from random import Random
 
@@ -246,10 +247,13 @@ def write_jsonl(path, records):
 
 SPECIALS = ["<|endoftext|>", "<|pad|>", "<|system|>", "<|user|>", "<|assistant|>", "<|end|>",
             "<|reward|>"]
+TEXT_ENDS = ["<|endoftext|>", "<|end_of_text|>", "<｜end▁of▁sentence｜>"]  # ours, others'
 # What BPE may merge within: one Han character, one digit (sums stay legible), an English word with
 # its space, a run of punctuation, a run of blanks.
 PATTERN = (r"\p{Han}|'(?:[sdmt]|ll|ve|re)| ?(?:(?!\p{Han})\p{L})+|\p{N}"
            r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+")
+# GPT-2's, which tokenizer.json calls ByteLevel and doesn't write down
+GPT2_PATTERN = (r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+")
 
 
 def merged(word: list[int], pair: tuple[int, int], new: int) -> list[int]:
@@ -318,30 +322,125 @@ def byte_letters() -> list[str]:
     return [letters[byte] for byte in range(256)]
 
 
-class Tokenizer:
-    """A tiktoken.Encoding built from a tokenizer.json: Hugging Face's byte-level BPE, offline.
+def refuse(what: str):
+    raise SystemExit(f"tokenizer: {what} can't be followed exactly; bring a byte-level BPE one")
 
-    Fields: encoding; vocab_size; ids, {"<|end|>": id, ...} of the special tokens; hash; spec.
+
+def steps_of(step) -> list[dict]:
+    """A normalizer or pre-tokenizer of tokenizer.json, a sequence or not, as a list of steps."""
+    if not step:
+        return []
+    return step.get("pretokenizers", step.get("normalizers", [step]))
+
+
+def split_pattern(step: dict) -> str:
+    """The regular expression whose matches a pre-tokenizer sets apart; "" if it splits nothing."""
+    kind = step["type"]
+    if kind == "Digits":
+        return r"\p{N}" if step["individual_digits"] else r"\p{N}+"
+    if kind == "ByteLevel" and not step.get("add_prefix_space"):
+        return GPT2_PATTERN if step.get("use_regex", True) else ""
+    if kind == "Split" and step["behavior"] == "Isolated" and not step.get("invert"):
+        pattern = step["pattern"]
+        return pattern["Regex"] if "Regex" in pattern else regex.escape(pattern["String"])
+    refuse(f"pre-tokenizer {step}")
+
+
+def isolated(pattern, text: str):
+    """Yields the matches of a compiled pattern and what stands between them, in order."""
+    start = 0
+    for match in pattern.finditer(text):
+        if match.start() > start:
+            yield text[start : match.start()]
+        if match[0]:
+            yield match[0]
+        start = match.end()
+    if start < len(text):
+        yield text[start:]
+
+
+def check_followed(spec: dict):
+    """SystemExit, by name, for what would give other ids than the `tokenizers` library's."""
+    model = spec["model"]
+    if model.get("type", "BPE") != "BPE":
+        refuse(model["type"])
+    options = ["byte_fallback", "dropout", "continuing_subword_prefix", "end_of_word_suffix"]
+    if set(byte_letters()) - set(model["vocab"]):
+        options.append("unk_token")  # never needed where every byte is a token
+    flags = ["single_word", "lstrip", "rstrip"]
+    for step in steps_of(spec.get("normalizer")):
+        flags.append("normalized")
+        if step["type"] != "NFC":
+            refuse(f"normalizer {step['type']}")
+    steps = steps_of(spec["pre_tokenizer"])
+    if not steps or steps[-1]["type"] != "ByteLevel":
+        refuse(f"pre-tokenizer {steps} without ByteLevel at its end")
+    plain = [token for token in spec["added_tokens"] if not token["special"]]
+    for part, names in [(model, options), *((token, flags) for token in plain)]:
+        for name in names:
+            if part.get(name):
+                refuse(f"{name} of {part.get('content', 'the model')!r}")
+
+
+class Tokenizer:
+    """Byte-level BPE from a tokenizer.json (GPT-2, Llama 3, Qwen, DeepSeek), run by tiktoken.
+
+    Fields: encoding, whose numbers are ranks (256 + i is the i-th merge), in ours the ids too;
+    vocab_size; ids, {"<|end|>": id, ...} of the special tokens, which text never yields; plain, the
+    same of added tokens that it does yield; hash; spec.
     """
 
     def __init__(self, spec: dict):
-        self.ids = {token["content"]: token["id"] for token in spec["added_tokens"]}
+        check_followed(spec)
+        added = spec["added_tokens"]
+        self.ids = {token["content"]: token["id"] for token in added if token["special"]}
+        self.plain = {token["content"]: token["id"] for token in added if not token["special"]}
         missing = [special for special in SPECIALS if special not in self.ids]
-        if missing:
+        if "<|reward|>" in self.ids and missing:  # one of ours, then
             raise SystemExit(f"tokenizer: no {', '.join(missing)} among its special tokens")
-        if self.ids["<|pad|>"] == self.ids["<|end|>"]:
+        if not missing and self.ids["<|pad|>"] == self.ids["<|end|>"]:
             raise SystemExit("tokenizer: <|pad|> and <|end|> must differ, or no model can stop")
-        byte_of = {letter: byte for byte, letter in enumerate(byte_letters())}
-        ranks = {}  # of a piece's bytes: when it was merged, which is its id
-        for piece, rank in spec["model"]["vocab"].items():
-            if piece not in self.ids:
-                ranks[bytes(byte_of[letter] for letter in piece)] = rank
-        split = spec["pre_tokenizer"]["pretokenizers"][0]  # so in ours, in Llama 3's, in Qwen's
-        self.encoding = tiktoken.Encoding("bpe", pat_str=split["pattern"]["Regex"],
-                                          mergeable_ranks=ranks, special_tokens=self.ids)
-        self.vocab_size = self.encoding.max_token_value + 1
+        longest_first = sorted(self.plain, key=len, reverse=True)
+        self.plain_pattern = regex.compile("|".join(map(regex.escape, longest_first)))
+        self.nfc = bool(steps_of(spec.get("normalizer")))
+        self.read_model(spec["model"], spec["pre_tokenizer"])
+        self.vocab_size = max(self.bytes_of) + 1
+        self.cached = lru_cache(maxsize=1 << 16)(self.piece_ids)
         self.hash = hashlib.sha256(json.dumps(spec, sort_keys=True).encode()).hexdigest()
         self.spec = spec
+
+    def read_model(self, model: dict, pre_tokenizer: dict):
+        """Vocabulary and merges to ranks, ids and bytes. A token that several merges make (Llama
+        3's file lists every way) has the last one's rank."""
+        byte_of = {letter: byte for byte, letter in enumerate(byte_letters())}
+        added = self.ids | self.plain
+        vocab = {}
+        for name, i in model["vocab"].items():
+            if name not in added:
+                vocab[bytes(byte_of[letter] for letter in name)] = i
+        ranks = {bytes([byte]): byte for byte in range(256)}
+        for rank, merge in enumerate(model["merges"], 256):
+            left, right = merge.split(" ") if isinstance(merge, str) else merge
+            ranks[bytes(byte_of[letter] for letter in left + right)] = rank
+        unknown = [token for token, rank in ranks.items() if rank > 255 and token not in vocab]
+        if unknown:
+            refuse(f"a merge to {unknown[0]!r}, which the vocabulary lacks,")
+        self.id_of = {rank: vocab[token] for token, rank in ranks.items() if token in vocab}
+        self.bytes_of = {i: token for token, i in vocab.items()}
+        self.bytes_of |= {i: content.encode() for content, i in added.items()}
+        # SmolLM2 lacks some control characters: the library drops them, then merges the rest
+        self.lacking = {byte: None for byte in range(128) if byte not in self.id_of}
+        self.whole = {}  # with ignore_merges: tokens that no merge makes, as pieces of text
+        if model.get("ignore_merges"):
+            self.whole = {token: i for token, i in vocab.items() if token not in ranks}
+        patterns = [split_pattern(step) for step in steps_of(pre_tokenizer)]
+        patterns = [pattern for pattern in patterns if pattern]
+        self.patterns = [regex.compile(pattern) for pattern in patterns]
+        # tiktoken splits by one pattern and skips what it doesn't match: let it match that too
+        self.simple = len(patterns) == 1 and not self.lacking and not self.whole
+        pattern = rf"{patterns[0]}|(?s:.+?)(?={patterns[0]}|\z)" if self.simple else r"(?s:.+)"
+        self.encoding = tiktoken.Encoding("bpe", pat_str=pattern, mergeable_ranks=ranks,
+                                          special_tokens=self.ids)
 
     @classmethod
     def from_merges(cls, merges, pattern: str = PATTERN):
@@ -371,20 +470,88 @@ class Tokenizer:
                              "makes one")
         try:
             return cls(json.loads(read_text(path)))
-        except (ValueError, LookupError, TypeError) as error:
+        except (ValueError, LookupError, TypeError, regex.error) as error:
             raise SystemExit(f"{path}: not a byte-level BPE tokenizer ({error!r})")
 
     def save(self, folder):
         write_text(Path(folder) / "tokenizer.json", json.dumps(self.spec, ensure_ascii=False))
 
     def encode(self, text: str) -> list[int]:
-        """Ordinary tokens only: a "<|end|>" in the text is spelled out, never the special token."""
-        return self.encoding.encode_ordinary(text)
+        """No special token: a "<|end|>" in the text is spelled out, so that no text can forge a
+        role."""
+        if not self.plain:
+            return self.merged_ids(text)
+        ids = []
+        for part in isolated(self.plain_pattern, text):
+            ids += [self.plain[part]] if part in self.plain else self.merged_ids(part)
+        return ids
 
-    def decode(self, ids) -> str:
-        """The text; special tokens are left out, bytes of a cut character become U+FFFD."""
-        special = set(self.ids.values())
-        return self.encoding.decode([i for i in ids if i not in special])
+    def merged_ids(self, text: str) -> list[int]:
+        """The ids of a text without added tokens."""
+        if self.nfc:
+            text = unicodedata.normalize("NFC", text)
+        if self.simple:
+            return self.piece_ids(text)
+        pieces = [text]
+        for pattern in self.patterns:
+            pieces = [part for piece in pieces for part in isolated(pattern, piece)]
+        return list(chain.from_iterable(map(self.cached, pieces)))
+
+    def piece_ids(self, piece: str) -> list[int]:
+        if self.whole:
+            token = piece.encode("utf-8", "replace")
+            if token in self.whole:
+                return [self.whole[token]]
+        if self.lacking:
+            piece = piece.translate(self.lacking)
+        ranks = self.encoding.encode_ordinary(piece)
+        return [self.id_of[rank] for rank in ranks if rank in self.id_of]
+
+    def encode_batch(self, texts: list[str]) -> list[list[int]]:
+        with ThreadPoolExecutor(os.cpu_count()) as threads:  # tiktoken leaves Python's lock
+            return list(threads.map(self.encode, texts))
+
+    def decode_bytes(self, ids) -> bytes:
+        """Special tokens as they are spelled; ids that are no token's (spare rows) are left out."""
+        return b"".join(self.bytes_of.get(i, b"") for i in ids)
+
+    def decode(self, ids, specials: bool = False) -> str:
+        """The text; special tokens only if asked for, bytes of a cut character become U+FFFD."""
+        if not specials:
+            left_out = set(self.ids.values())
+            ids = [i for i in ids if i not in left_out]
+        return self.decode_bytes(ids).decode("utf-8", "replace")
+
+    def special(self, *names) -> int:
+        """The id of the first of these special tokens that there is."""
+        for name in names:
+            if name in self.ids:
+                return self.ids[name]
+        raise SystemExit(f"tokenizer: no {' or '.join(names)} among its special tokens")
+
+    @property
+    def text_end(self) -> int:
+        return self.special(*TEXT_ENDS)
+
+    @property
+    def end(self) -> int:
+        """Ends a turn: in our chat, in ChatML, in Llama 3's; of a base model, the text."""
+        return self.special("<|end|>", "<|im_end|>", "<|eot_id|>", *TEXT_ENDS)
+
+    @property
+    def pad(self) -> int:
+        return self.ids.get("<|pad|>", self.end)  # masks come from lengths, so any token will do
+
+    def turn(self, role: str, text: str = "") -> list[int]:
+        """A turn up to its end token, in the chat form whose tokens there are. The text is encoded
+        together with what stands before it, as a template's text would be."""
+        start = self.special(f"<|{role}|>", "<|im_start|>", "<|start_header_id|>")
+        if f"<|{role}|>" in self.ids:
+            return [start, *self.encode(text)]
+        if "<|im_start|>" in self.ids:
+            return [start, *self.encode(f"{role}\n{text}")]
+        close = self.special("<|end_header_id|>")
+        return [start, *self.encode(role), close, *self.encode(f"\n\n{text}")]
 
 
 # ======================================================================== chat template (对话模板)
@@ -395,9 +562,10 @@ def render(messages, tokenizer, template: str = "chat",
     every token of a reply and its end token (D0 4.2.2: p1 + c1 + p2 + ..., each reply once).
 
     If the last message is not the assistant's, the ids end where the reply begins. template "chat"
-    marks roles by special tokens, which text cannot forge; "alpaca" is the documents' ###
-    Instruction: text, which text can forge; "none" is the bare text; a reply ends with <|end|> in
-    all. turns "last" trains the last reply only (the way D0 calls unreasonable).
+    marks roles by special tokens, which text cannot forge (ours, or the folder's own: ChatML's,
+    Llama 3's); "alpaca" is the documents' ### Instruction: text, which text can forge; "none" is
+    the bare text; a reply ends with an end token in all. turns "last" trains the last reply only
+    (the way D0 calls unreasonable).
     """
     ids = []
     mask = []
@@ -407,21 +575,26 @@ def render(messages, tokenizer, template: str = "chat",
         mask.extend([int(trained)] * len(tokens))
 
     replies = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
+    if template == "chat" and "<|begin_of_text|>" in tokenizer.ids:
+        add([tokenizer.ids["<|begin_of_text|>"]], False)
     for i, message in enumerate(messages):
         role = message["role"]
         text = message["content"]
         trained = role == "assistant" and (turns == "all" or i == replies[-1])
         if template == "chat":
-            add([tokenizer.ids[f"<|{role}|>"]], False)
+            add(tokenizer.turn(role, "" if role == "assistant" else text), False)
+            text = text if role == "assistant" else ""
         elif template == "alpaca" and role == "user":
             text = f"### Instruction:\n{text}\n\n### Response:\n"
         elif template == "alpaca" and role == "system":
             text = f"### System:\n{text}\n\n"
         add(tokenizer.encode(text), trained)
         if template == "chat" or role == "assistant":
-            add([tokenizer.ids["<|end|>"]], trained)
+            add([tokenizer.end], trained)
+        if template == "chat" and tokenizer.end == tokenizer.ids.get("<|im_end|>"):
+            add(tokenizer.encode("\n"), False)
     if messages[-1]["role"] != "assistant" and template == "chat":
-        add([tokenizer.ids["<|assistant|>"]], False)
+        add(tokenizer.turn("assistant"), False)
     return ids, mask
 
 
@@ -470,7 +643,7 @@ def show(rows, tokenizer) -> str:
     for ids, mask in rows:
         line = ""
         for trained, run in groupby(zip(ids, mask), key=lambda pair: pair[1]):
-            text = tokenizer.encoding.decode([i for i, _ in run])
+            text = tokenizer.decode([i for i, _ in run], specials=True)
             line += f"\033[32m{text}\033[0m" if trained else text
         lines.append(line)
     return "\n".join(lines)
@@ -576,9 +749,8 @@ class Tokens:
         start, stop = (int(share * len(whole)) for share in self.part)
         texts = texts[start:stop] if len(texts) > 1 else [whole[start:stop]]
         dtype = np.uint16 if self.tokenizer.vocab_size <= 1 << 16 else np.uint32
-        end = self.tokenizer.ids["<|endoftext|>"]
-        encode = self.tokenizer.encoding.encode_ordinary_batch
-        documents = encode(texts, num_threads=os.cpu_count() or 1)
+        end = self.tokenizer.text_end
+        documents = self.tokenizer.encode_batch(texts)
         ids = np.array([i for ids in documents for i in (*ids, end)], dtype=dtype)
         self.meta_path.unlink(missing_ok=True)  # a crash in between must not leave it to other ids
         write_bytes(self.path, ids)

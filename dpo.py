@@ -85,7 +85,7 @@ def pair_rows(record, pair, tokenizer, context) -> list[tuple[list[int], list[in
     prompt, _ = render(record["messages"], tokenizer)
     rows = []
     for text in pair:
-        ids = tokenizer.encode(text) + [tokenizer.ids["<|end|>"]]
+        ids = tokenizer.encode(text) + [tokenizer.end]
         start, reply = fit(prompt, ids, context)
         rows.append((start + reply, [0] * len(start) + [1] * len(reply)))
     return rows
@@ -94,7 +94,7 @@ def pair_rows(record, pair, tokenizer, context) -> list[tuple[list[int], list[in
 def sequence_logprobs(model, pairs, tokenizer, device):
     """Chosen and rejected (P,) in one forward: log-probabilities of the replies, summed."""
     rows = sum(pairs, [])  # chosen, rejected, chosen, rejected, …
-    input_ids, targets = collate(rows, tokenizer.ids["<|pad|>"])  # (2P, T); of no rows (1, T)
+    input_ids, targets = collate(rows, tokenizer.pad)  # (2P, T); of no rows (1, T)
     logprobs = token_logprobs(model, input_ids.to(device), targets.to(device))
     sums = logprobs.sum(-1)[: len(rows)]
     return sums.view(-1, 2).T

@@ -615,9 +615,9 @@ def chat(model, data, args):
     """The user types and the model answers, or answers --prompt and ends; /new forgets what was
     said. data: the module data.py, for its tokenizer and chat template."""
     tokenizer = data.Tokenizer.load(args.folder)
-    ends = [tokenizer.ids["<|endoftext|>"]]
+    ends = [tokenizer.text_end]
     if args.template != "none":
-        ends.append(tokenizer.ids["<|end|>"])
+        ends.append(tokenizer.end)
     context = model.config.max_position_embeddings
     room = max(context // 2, context - args.max_new_tokens)  # the rest is the reply's
     start = [{"role": "system", "content": args.system}] if args.system else []
@@ -630,7 +630,8 @@ def chat(model, data, args):
         if text.strip() == "/new" and not args.prompt:
             messages = list(start)
             continue
-        text = unicodedata.normalize("NFKC", text)  # the form of the cleaned text it has learned
+        if "<|end|>" in tokenizer.ids:  # one of ours: the form of the cleaned text it has learned
+            text = unicodedata.normalize("NFKC", text)
         messages.append({"role": "user", "content": text})
         ids, _ = data.render(messages, tokenizer, args.template)
         reply = []

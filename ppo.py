@@ -129,8 +129,8 @@ def in_parts(rollouts, cfg):
 
 def respond(policy, queries, seeds, tokenizer, cfg) -> list[Rollout]:
     """Samples a reply to each query, this rank a share of them; every rank gets all."""
-    end = tokenizer.ids["<|end|>"]
-    ends = [end, tokenizer.ids["<|endoftext|>"]]
+    end = tokenizer.end
+    ends = [end, tokenizer.text_end]
     mine = range(dist.get_rank(), len(queries), dist.get_world_size())
     asked = [queries[i] for i in mine]
     seeds = [seeds[i] for i in mine]
@@ -146,7 +146,7 @@ def respond(policy, queries, seeds, tokenizer, cfg) -> list[Rollout]:
 def response_tokens(model, rollouts, tokenizer, device):
     """What a model says of the response tokens of some rollouts, flat (n,): a language model their
     log-probabilities, a scalar one values. A value stands before its token: it has not seen it."""
-    input_ids, targets = collate([r.row() for r in rollouts], tokenizer.ids["<|pad|>"])
+    input_ids, targets = collate([r.row() for r in rollouts], tokenizer.pad)
     input_ids, targets = input_ids.to(device), targets.to(device)
     if isinstance(model, ScalarModel):
         return model(input_ids)[targets >= 0]
@@ -158,11 +158,11 @@ def score_replies(reward, rollouts, norm, tokenizer, cfg, device) -> list[float]
     """The reward model's scores, read at <|reward|> behind each reply and normalized by norm (mean,
     spread); a reply that did not end gets a fixed score. Every rank gets all."""
     mean, spread = norm
-    tail = [tokenizer.ids["<|reward|>"]]
+    tail = [tokenizer.special("<|reward|>")]
     mine = {}
     for part, members in in_parts(rollouts, cfg):
         rows = [r.query + r.response + tail for r in members] or [tail]
-        input_ids, lengths = pad_rows(rows, tokenizer.ids["<|pad|>"])
+        input_ids, lengths = pad_rows(rows, tokenizer.pad)
         scores = reward.model.last(input_ids.to(device), lengths.to(device))
         mine |= zip(part, scores.tolist())
     raw = everywhere(mine)

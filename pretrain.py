@@ -124,7 +124,7 @@ def open_model(cfg, tokenizer):
 def show_sample(model, val, tokenizer):
     """What a base model does with a text: it goes on."""
     start = tokenizer.encode(tokenizer.decode(val.ids[:8].tolist()) or "\n")
-    [ids] = generate(model, [start], 40, tokenizer.ids["<|endoftext|>"], temperature=0.8)
+    [ids] = generate(model, [start], 40, tokenizer.text_end, temperature=0.8)
     print(f"sample: {tokenizer.decode(start)!r} → {tokenizer.decode(ids)!r}", flush=True)
 
 

@@ -74,8 +74,8 @@ def collect(cfg):
     prompts = [render(r["messages"], tokenizer)[0] for r in records]
     # 2. replies, all of one temperature together
     heats = sorted(float(heat) for heat in cfg.temperatures.split(","))
-    end = tokenizer.ids["<|end|>"]
-    ends = [end, tokenizer.ids["<|endoftext|>"]]
+    end = tokenizer.end
+    ends = [end, tokenizer.text_end]
     sharded = Sharded(load_model(cfg.init), cfg.zero, dtype, device)
     replies = {}
     for heat in sorted(set(heats)):
@@ -150,9 +150,9 @@ def comparison_rows(record, tokenizer, context) -> list[list[int]]:
     prompt, _ = render(record["messages"], tokenizer)
     rows = []
     for text in record["replies"]:
-        ids = tokenizer.encode(text) + [tokenizer.ids["<|end|>"]]
+        ids = tokenizer.encode(text) + [tokenizer.end]
         start, reply = fit(prompt, ids, context - 1)
-        rows.append(start + reply + [tokenizer.ids["<|reward|>"]])
+        rows.append(start + reply + [tokenizer.special("<|reward|>")])
     return rows
 
 
@@ -165,7 +165,7 @@ def in_parts(groups, micro_tokens) -> list[list[int]]:
 def score_groups(model, groups, tokenizer, device) -> list:
     """Scores (N,) of each group of rows, in one forward over all of them; without groups one score
     of padding, for the other ranks wait for this one's forward."""
-    pad = tokenizer.ids["<|pad|>"]
+    pad = tokenizer.pad
     input_ids, lengths = pad_rows(sum(groups, []) or [[pad]], pad)
     scores = model.last(input_ids.to(device), lengths.to(device))
     return list(scores.split([len(rows) for rows in groups] or [1]))
@@ -386,8 +386,8 @@ def judge_model(folder, records, mix, cfg, device, dtype) -> dict:
     # 1. replies: {(prompt, number): token ids}
     tokenizer = Tokenizer.load(folder)
     base = read_result(folder, "run.json").get("script") == "pretrain.py"
-    stop = tokenizer.ids["<|endoftext|>"]  # after it another text would begin
-    end = stop if base else tokenizer.ids["<|end|>"]
+    stop = tokenizer.text_end  # after it another text would begin
+    end = stop if base else tokenizer.end
     prompts, greedy, samples = tasks(records, mix, cfg.samples, tokenizer, base)
     sharded = Sharded(load_model(folder), cfg.zero, dtype, device)
     replies = sampled(sharded, prompts, greedy, 0.0, [end, stop], cfg, "table")
@@ -584,12 +584,12 @@ def bits_per_byte(model, tokenizer, cfg, device) -> dict:
     """Held-out documents up to the context's end, each token predicted from its own document."""
     if not Path(cfg.text).exists():
         return {}
-    start = [tokenizer.ids["<|endoftext|>"]]
+    start = [tokenizer.text_end]
     limit = model.config.max_position_embeddings - 1
     rows = [(start, tokenizer.encode(text)[:limit]) for text in read_texts(cfg.text)]
     pairs = []
     for (_, ids), logprob in zip(rows, reply_logprobs(model, rows, device)):
-        pairs.append((-logprob / math.log(2), len(tokenizer.encoding.decode_bytes(ids))))
+        pairs.append((-logprob / math.log(2), len(tokenizer.decode_bytes(ids))))
     return estimate({"": pairs})
 
 

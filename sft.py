@@ -70,7 +70,7 @@ def trained(rows) -> int:
 
 def nll_sum(model, rows, tokenizer, device):
     """Summed negative log-likelihood of the trained tokens of rows of (ids, mask)."""
-    input_ids, targets = collate(rows, tokenizer.ids["<|pad|>"])  # (B, T) each
+    input_ids, targets = collate(rows, tokenizer.pad)  # (B, T) each
     return -token_logprobs(model, input_ids.to(device), targets.to(device)).sum()
 
 
@@ -121,7 +121,7 @@ def show_replies(model, tokenizer, cfg):
     for record in read_prompts(cfg.data)[:3]:
         ids, _ = render(record["messages"], tokenizer, cfg.template)
         if len(ids) < model.config.max_position_embeddings:
-            [reply] = generate(model, [ids], 64, tokenizer.ids["<|end|>"], temperature=0)
+            [reply] = generate(model, [ids], 64, tokenizer.end, temperature=0)
             asked = record["messages"][-1]["content"][:80]
             print(f"{asked!r} → {tokenizer.decode(reply)!r}", flush=True)
 

@@ -36,7 +36,7 @@ CHAR = ModelConfig(65, 128, 352, 4, 4, 4, max_position_embeddings=64)  # nanoGPT
 # name: model, rows, tokens per row
 SHAPES = {"tiny": (PRESETS["tiny"], 16, 128), "small": (PRESETS["small"], 16, 256), "char": (CHAR, 12, 64)}
 # what the scripts ask of a tokenizer; no sample is ever -1, so that all replies have their full length
-TOKENIZER = SimpleNamespace(ids={"<|pad|>": 0, "<|reward|>": 1, "<|end|>": -1, "<|endoftext|>": -1})
+TOKENIZER = SimpleNamespace(pad=0, end=-1, text_end=-1, special=lambda name: 1)
 
 
 def layer_products(c):

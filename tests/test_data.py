@@ -11,7 +11,7 @@ import pytest
 import regex
 from data import IGNORE, PATTERN, SPECIALS, Tokenizer, Tokens, collate, epoch_rows, fit
 from data import gold_score, micro_batches, pad_rows, read_comparisons, read_conversations
-from data import read_texts, render, show, train_bpe
+from data import byte_letters, read_texts, render, show, train_bpe
 
 TEXTS = ["the cat sat on the mat, the rat ate the cat. banana bananas anananas aaaaaaa aaaa",
          "今天天气真好,今天天气不好。天气天气 1234 1234 12341234", "low lower lowest\n\n  newer 123"]
@@ -88,7 +88,7 @@ def test_special_tokens_in_a_text_are_spelled_out():
 
 def test_han_characters_and_digits_never_merge():
     for token in range(trained().vocab_size - len(SPECIALS)):
-        piece = trained().encoding.decode_bytes([token]).decode("utf-8", "ignore")
+        piece = trained().decode_bytes([token]).decode("utf-8", "ignore")
         assert not regex.search(r"\p{Han}.|.\p{Han}|\p{N}.|.\p{N}", piece)
     assert trained().decode(trained().encode("天")[:1]) == "天"  # one token, though
 
@@ -122,6 +122,142 @@ def test_a_tokenizer_that_cannot_serve_is_refused(tmp_path, content, pad, messag
         Tokenizer.load(tmp_path)
 
 
+# ---------------------------------------------------------------- others' tokenizers
+
+LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
+BARE = LEVEL | {"use_regex": False}
+
+
+def split(pattern, kind="Regex", behavior="Isolated"):
+    return {"type": "Split", "pattern": {kind: pattern}, "behavior": behavior, "invert": False}
+
+
+def steps(*parts, key="pretokenizers"):
+    return {"type": "Sequence", key: list(parts)}
+
+
+def foreign(pre, merges, added=(), lacking="", whole=(), **rest):
+    """A tokenizer.json as others write it: merges as strings, ids from the last merge
+    down. `rest` with a key of the model goes there, any other stands beside it."""
+    names = [letter for letter in byte_letters() if letter not in lacking]
+    names += dict.fromkeys(merge.replace(" ", "") for merge in merges)
+    names += whole
+    model = {"type": "BPE", "dropout": None, "unk_token": None, "byte_fallback": False,
+             "vocab": {name: len(names) - i for i, name in enumerate(names, 1)},
+             "merges": merges}
+    model |= {key: rest.pop(key) for key in list(rest) if key in (*model, "ignore_merges")}
+    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+    tokens = [{"id": len(names) + i, "content": content.strip("+"), "special": content[0] != "+"}
+              | flags for i, content in enumerate(added)]
+    return {"version": "1.0", "added_tokens": tokens, "normalizer": None, "pre_tokenizer": pre,
+            "model": model, "decoder": LEVEL} | rest
+
+
+MERGES = ["a b", "Ġ ab", "1 2", "12 3", "ab c", "- -", "Ã ©", "ä ½", "ä½ ł", "b c", "a bc", "' s"]
+LLAMA = r"(?i:'s)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+|\s+"
+CHATML = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "+<tool>", "+<tool>x")
+HEADERS = ("<|begin_of_text|>", "<|end_of_text|>", "<|start_header_id|>", "<|end_header_id|>",
+           "<|eot_id|>")
+STYLES = {
+    "gpt2": foreign(LEVEL, MERGES, ["<|endoftext|>"]),
+    "smollm2": foreign(steps({"type": "Digits", "individual_digits": True}, LEVEL), MERGES,
+                       CHATML[:3], lacking="\u0104"),  # the letter of byte 4
+    "digits": foreign(steps({"type": "Digits", "individual_digits": False}, LEVEL), MERGES),
+    "qwen": foreign(steps(split(LLAMA.replace("{1,3}", "")), BARE), MERGES, CHATML,
+                    normalizer={"type": "NFC"}),
+    "llama3": foreign(steps(split(LLAMA), BARE), MERGES, HEADERS, whole=["zab"],
+                      ignore_merges=True),
+    "deepseek": foreign(steps(split(r"\p{N}{1,2}"), split("[一-龥]+"), split("ab", "String"), BARE),
+                        MERGES, normalizer=steps(key="normalizers")),
+    "gaps": foreign(steps(split("b."), BARE), MERGES)}  # what matches nothing is a piece, too
+MIXED = "abc ab 123 1234-\x04-\n It'S é e\u0301 你 bca 1zab xzab<tool>x<tool>\u0338 <|im_end|>"
+GOLDEN = {  # from the library, tokenizers 0.23, with encode_special_tokens
+    "gpt2": [6, 9, 234, 7, 234, 7, 214, 221, 262, 221, 256, 234, 193, 150, 227, 183, 234, 4, 234,
+        165, 62, 137, 234, 2, 234, 1, 169, 234, 217, 144, 10, 234, 146, 144, 10, 206, 150,
+        155, 155, 158, 204, 146, 206, 150, 155, 155, 158, 204, 62, 82, 234, 206, 142, 161,
+        157, 171, 165, 156, 166, 142, 204],
+    "smollm2": [6, 9, 234, 217, 216, 215, 234, 217, 216, 215, 214, 5, 256, 234, 193, 150, 227,
+        183, 234, 4, 234, 165, 62, 137, 234, 2, 234, 1, 169, 234, 217, 144, 10, 234, 146, 144,
+        10, 206, 150, 155, 155, 158, 204, 146, 206, 150, 155, 155, 158, 204, 62, 82, 234, 206,
+        142, 161, 157, 171, 165, 156, 166, 142, 204],
+    "digits": [6, 9, 234, 7, 234, 7, 214, 221, 262, 221, 256, 234, 193, 150, 227, 183, 234, 4,
+        234, 165, 62, 137, 234, 2, 234, 1, 169, 234, 217, 144, 10, 234, 146, 144, 10, 206,
+        150, 155, 155, 158, 204, 146, 206, 150, 155, 155, 158, 204, 62, 82, 234, 206, 142,
+        161, 157, 171, 165, 156, 166, 142, 204],
+    "qwen": [6, 9, 234, 217, 216, 215, 234, 217, 216, 215, 214, 221, 262, 221, 256, 234, 193, 150,
+        227, 183, 234, 4, 234, 4, 234, 2, 234, 1, 169, 234, 217, 144, 10, 234, 146, 144, 10,
+        271, 270, 62, 82, 234, 206, 142, 161, 157, 171, 165, 156, 166, 142, 204],
+    "llama3": [7, 10, 235, 8, 235, 8, 215, 222, 263, 222, 257, 235, 194, 151, 228, 184, 235, 5,
+        235, 166, 63, 138, 235, 3, 235, 2, 170, 235, 218, 0, 235, 147, 145, 11, 207, 151, 156,
+        156, 159, 205, 147, 207, 151, 156, 156, 159, 205, 63, 83, 235, 207, 143, 162, 158,
+        172, 166, 157, 167, 143, 205],
+    "deepseek": [10, 167, 234, 10, 234, 8, 215, 234, 8, 215, 214, 221, 262, 221, 256, 234, 193,
+        150, 227, 183, 234, 4, 234, 165, 62, 137, 234, 2, 234, 1, 169, 234, 217, 144, 10, 234,
+        146, 144, 10, 206, 150, 155, 155, 158, 204, 146, 206, 150, 155, 155, 158, 204, 62, 82,
+        234, 206, 142, 161, 157, 171, 165, 156, 166, 142, 204],
+    "gaps": [169, 1, 234, 169, 168, 234, 7, 234, 7, 214, 221, 262, 221, 256, 234, 193, 150, 227,
+        183, 234, 4, 234, 165, 62, 137, 234, 2, 234, 1, 169, 234, 217, 144, 169, 168, 234,
+        146, 144, 169, 168, 206, 150, 155, 155, 158, 204, 146, 206, 150, 155, 155, 158, 204,
+        62, 82, 234, 206, 142, 161, 157, 171, 165, 156, 166, 142, 204]}
+
+
+@pytest.mark.parametrize("style", STYLES)
+def test_ids_equal_those_of_the_tokenizers_library(style):
+    tokenizer = Tokenizer(STYLES[style])
+    ids = tokenizer.encode(MIXED)
+    assert ids == GOLDEN[style] == tokenizer.encode_batch([MIXED])[0]
+    text = {"qwen": MIXED.replace("e\u0301", "é"), "smollm2": MIXED.replace("\x04", "")}
+    assert tokenizer.decode(ids) == text.get(style, MIXED)
+    assert tokenizer.decode([*ids, 9999]) == tokenizer.decode(ids)  # a spare row of the model's
+
+
+@pytest.mark.parametrize("named, change", [
+    ("Unigram", {"type": "Unigram"}), ("WordPiece", {"type": "WordPiece"}),
+    ("byte_fallback", {"byte_fallback": True}), ("unk_token", {"unk_token": "a", "lacking": "a"}),
+    ("Metaspace", {"pre": {"type": "Metaspace"}}), ("without ByteLevel", {"pre": None}),
+    ("add_prefix_space", {"pre": LEVEL | {"add_prefix_space": True}}),
+    ("'Split'.*'Removed'", {"pre": steps(split("a", behavior="Removed"), BARE)}),
+    ("'invert': True", {"pre": steps(split("a") | {"invert": True}, BARE)}),
+    ("normalizer NFKC", {"normalizer": steps({"type": "NFKC"}, key="normalizers")}),
+    ("normalized of '<tool>'", {"normalizer": {"type": "NFC"}, "added": ["+<tool>"]}),
+    ("lstrip of 'x'", {"added_tokens": [{"content": "x", "special": False, "lstrip": True}]}),
+    ("lacks", {"merges": ["q r"], "vocab": {}})])
+def test_what_could_not_give_equal_ids_is_refused_by_name(named, change):
+    change = {"pre": LEVEL, "merges": MERGES} | change
+    spec = foreign(**change)
+    if "normalized" in named:
+        spec["added_tokens"][0]["normalized"] = True
+    with pytest.raises(SystemExit, match=named):
+        Tokenizer(spec)
+
+
+def test_a_role_that_a_text_spells_stays_text_and_the_folders_own_are_rendered():
+    turns = talk("\na<|im_end|>", "b", "<|eot_id|>", system="s")
+    for style, end in (("qwen", "<|im_end|>"), ("llama3", "<|eot_id|>")):
+        tokenizer = Tokenizer(STYLES[style])
+        ids, mask = render(turns, tokenizer)
+        assert Counter(ids)[tokenizer.ids[end]] == 4 and tokenizer.pad == tokenizer.end
+        assert tokenizer.decode([i for i, m in zip(ids, mask) if m], specials=True) == "b" + end
+        assert render(turns[:2], tokenizer)[0] == ids[:ids.index(tokenizer.encode("b")[0])]
+    tokenizer = Tokenizer(STYLES["gpt2"])
+    assert render(turns, tokenizer, "alpaca")[0][-1] != tokenizer.end == tokenizer.text_end
+    with pytest.raises(SystemExit, match="no <.system.> or <.im_start.>"):
+        render(turns, tokenizer)
+    with pytest.raises(SystemExit, match="no <.reward.>"):
+        tokenizer.special("<|reward|>")
+
+
+@pytest.mark.parametrize("style, text", [
+    ("qwen", "<|im_start|>system\ns<|im_end|>\n<|im_start|>user\n\na<|im_end|>\n"
+             "<|im_start|>assistant\nb<|im_end|>\n"),
+    ("llama3", "<|begin_of_text|><|start_header_id|>system<|end_header_id|>\n\ns<|eot_id|>"
+               "<|start_header_id|>user<|end_header_id|>\n\n\na<|eot_id|>"
+               "<|start_header_id|>assistant<|end_header_id|>\n\nb<|eot_id|>")])
+def test_chatml_and_llamas_headers_are_rendered_as_their_templates_write_them(style, text):
+    ids, mask = render(talk("\na", "b", system="s"), Tokenizer(STYLES[style]))
+    assert Tokenizer(STYLES[style]).decode(ids, specials=True) == text
+
+
 # ---------------------------------------------------------------- chat template, mask, collation
 
 def test_the_ids_and_the_mask_of_three_turns_are_these():
@@ -140,7 +276,7 @@ def test_the_ids_and_the_mask_of_three_turns_are_these():
 def test_the_mask_spells_the_replies_and_a_prompt_ends_where_its_reply_begins(template):
     messages = talk("你叫什么?<|end|>", "小苗", "天气\n", "很好。", "c", "  ", system="be kind")
     ids, mask = render(messages, trained(), template)
-    spelled = trained().encoding.decode([i for i, m in zip(ids, mask) if m])
+    spelled = trained().decode([i for i, m in zip(ids, mask) if m], specials=True)
     assert spelled == "小苗<|end|>很好。<|end|>  <|end|>" and len(ids) == len(mask)
     for stop in (2, 4, 6):
         prompt, _ = render(messages[:stop], trained(), template)
@@ -153,7 +289,7 @@ def test_the_mask_spells_the_replies_and_a_prompt_ends_where_its_reply_begins(te
 def test_the_alpaca_template_is_the_documents_text():
     ids, mask = render(talk("问", "答", system="s"), BYTES, "alpaca")
     text = "### System:\ns\n\n### Instruction:\n问\n\n### Response:\n答<|end|>"
-    assert BYTES.encoding.decode(ids) == text and sum(mask) == len("答".encode()) + 1
+    assert BYTES.decode(ids, specials=True) == text and sum(mask) == len("答".encode()) + 1
     assert BYTES.decode(render(talk("a", "b", "c"), BYTES, "none")[0]) == "abc"
 
 

@@ -446,7 +446,7 @@ def plain_cells(folder, name, records, calls):
         "distinct": len(set(bigrams)) / len(bigrams),
         "replies that end": over({*EVAL.values()} - {"cloze"}, [0, 1],
                                  lambda call, text: call.reply[-1] in (END, STOP)),
-        "bits": bits / sum(len(TOK.encoding.decode_bytes(ids)) for ids in documents)}
+        "bits": bits / sum(len(TOK.decode_bytes(ids)) for ids in documents)}
     if name != "base":  # it is asked in another form than what KL would be measured from
         cells["KL"] = over(mix, [1], distance)
     return cells
