@@ -352,8 +352,7 @@ def isolated(pattern, text: str):
     for match in pattern.finditer(text):
         if match.start() > start:
             yield text[start : match.start()]
-        if match[0]:
-            yield match[0]
+        yield match[0]
         start = match.end()
     if start < len(text):
         yield text[start:]

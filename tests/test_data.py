@@ -153,7 +153,7 @@ def foreign(pre, merges, added=(), lacking="", whole=(), **rest):
             "model": model, "decoder": LEVEL} | rest
 
 
-MERGES = ["a b", "Ġ ab", "1 2", "12 3", "ab c", "- -", "Ã ©", "ä ½", "ä½ ł", "b c", "a bc", "' s"]
+MERGES = ["a b", "Ġ ab", "1 2", "12 3", "ab c", "- -", "Ã ©", "ä ½", "ä½ ł", "b c", "a bc", "Ċ Ċ"]
 LLAMA = r"(?i:'s)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+|\s+"
 CHATML = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "+<tool>", "+<tool>x")
 HEADERS = ("<|begin_of_text|>", "<|end_of_text|>", "<|start_header_id|>", "<|end_header_id|>",
@@ -171,7 +171,7 @@ STYLES = {
                         MERGES, normalizer=steps(key="normalizers")),
     "gaps": foreign(steps(split("b."), BARE), MERGES)}  # what matches nothing is a piece, too
 MIXED = "abc ab 123 1234-\x04-\n It'S é e\u0301 你 bca 1zab xzab<tool>x<tool>\u0338 <|im_end|>"
-GOLDEN = {  # from the library, tokenizers 0.23, with encode_special_tokens
+GOLDEN = {  # the library's: tokenizers 0.23, with encode_special_tokens
     "gpt2": [6, 9, 234, 7, 234, 7, 214, 221, 262, 221, 256, 234, 193, 150, 227, 183, 234, 4, 234,
         165, 62, 137, 234, 2, 234, 1, 169, 234, 217, 144, 10, 234, 146, 144, 10, 206, 150,
         155, 155, 158, 204, 146, 206, 150, 155, 155, 158, 204, 62, 82, 234, 206, 142, 161,
@@ -254,8 +254,10 @@ def test_a_role_that_a_text_spells_stays_text_and_the_folders_own_are_rendered()
                "<|start_header_id|>user<|end_header_id|>\n\n\na<|eot_id|>"
                "<|start_header_id|>assistant<|end_header_id|>\n\nb<|eot_id|>")])
 def test_chatml_and_llamas_headers_are_rendered_as_their_templates_write_them(style, text):
-    ids, mask = render(talk("\na", "b", system="s"), Tokenizer(STYLES[style]))
+    ids, _ = render(talk("\na", "b", system="s"), Tokenizer(STYLES[style]))
     assert Tokenizer(STYLES[style]).decode(ids, specials=True) == text
+    # what stands before a text and the text are encoded together, as the template's text would be
+    assert Tokenizer(STYLES[style]).encode("\n\n")[0] in ids
 
 
 # ---------------------------------------------------------------- chat template, mask, collation
