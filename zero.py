@@ -186,6 +186,7 @@ class Unit:
     lo, hi            the part [lo, hi) that this rank's Adam updates; in stage 0 it is everything
     flat, shard       the whole weights; that part of them, in stages 0-2 a view of flat
     filling           works that fill flat, [] when it is full; None: it has no memory (stage 3)
+    shown             whether the parameters are views of flat
     bucket, grad      the whole gradient; that part of it, in stages 0 and 1 a view of the bucket
     arrived           number of parameters whose gradient is in the bucket (this micro-batch)
     received          other ranks' slices of a gradient that is being summed
@@ -252,6 +253,7 @@ class Unit:
 
     def show(self):
         """Makes the parameters views of the buffer."""
+        self.shown = True
         for p, place in self.places.items():
             p.data = self.flat[place].view(p.shape)
 
@@ -263,6 +265,8 @@ class Unit:
 
     def gather(self):
         """Stage 3: the whole parameters, for as long as the layer computes."""
+        if self.shown:  # in generation a layer is entered once a token
+            return
         self.prefetch()
         wait(self.filling)
         self.filling = []
@@ -278,6 +282,7 @@ class Unit:
         hole = self.flat.new_full((), math.nan)
         for p in self.places:
             p.data = hole.expand(p.shape)
+        self.shown = False
         # Dropping the tensor would free nothing: autograd saved views of it for the backward pass,
         # and they hold its memory. So that is taken away under them; the gather before the layer's
         # backward puts it back, and the views see the weights again.
