@@ -22,7 +22,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 
 from data import Tokenizer, collate, epoch_rows, fit, my_micro_batches, read_comparisons, render
-from model import load_model, save_model, token_logprobs
+from model import load_model, save_model, token_logprobs, weight_files
 from zero import AdamW, Run, RunConfig, Sharded, all_sum, everywhere, keyed_seed, launch, lr_at
 from zero import print0, setup
 
@@ -166,9 +166,9 @@ def main(cfg):
     if not trained:
         raise SystemExit(f"{cfg.data}: no prompt to train on has two replies of different scores")
     steps = cfg.steps or max(1, round(cfg.epochs * trained / cfg.batch_size))
-    files = [*cfg.data.split(","), f"{cfg.init}/model.safetensors"]
+    files = [*cfg.data.split(","), *weight_files(cfg.init)]
     if cfg.reference:
-        files.append(f"{cfg.reference}/model.safetensors")
+        files += weight_files(cfg.reference)
     run = Run(cfg, steps, inputs=files)
     print0(f"{trained} pairs, {held} held out")
     # 2. models: what the reference says of every pair, then the policy

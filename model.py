@@ -555,15 +555,37 @@ def save_model(folder, model, tensors=None, write: bool = True):
     write_safetensors(folder / "model.safetensors", shapes, dtype, tensors)
 
 
+def read_object(path) -> dict:
+    """A JSON file that holds an object; one line if it is broken."""
+    try:
+        return dict(json.loads(Path(path).read_text(encoding="utf-8")))
+    except (ValueError, TypeError) as error:
+        raise SystemExit(f"{path}: broken JSON ({error}); copy or train it again")
+
+
+def weight_files(folder) -> list[Path]:
+    """The files that hold a folder's weights: model.safetensors or, of a large model, what its
+    index names, and nothing that lies beside; one line if there are none or one is missing."""
+    folder = Path(folder)
+    files = [folder / "model.safetensors"]
+    index = folder / "model.safetensors.index.json"
+    if index.exists() and not files[0].exists():  # transformers' order, too
+        names = read_object(index).get("weight_map", {}).values()
+        files = sorted({folder / name for name in names})
+        for file in files:
+            if not file.exists():
+                raise SystemExit(f"{file}: no such file, but {index.name} names it; copy it again")
+    if not files or not files[0].exists():
+        raise SystemExit(f"{folder}: holds no model.safetensors; was its training finished?")
+    return files
+
+
 def load_config(folder) -> ModelConfig:
     """Reads config.json of a Llama, Qwen2 or Qwen3 folder, as transformers 4 or 5 writes it."""
     path = Path(folder) / "config.json"
     if not path.exists():
         raise SystemExit(f"{path}: no such file; pass the folder of a checkpoint, such as out/base")
-    try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise SystemExit(f"{path}: broken JSON ({error}); copy or train it again")
+    raw = read_object(path)
     kind = raw.get("model_type")
     if kind not in ("llama", "qwen2", "qwen3"):
         raise SystemExit(f"{path}: model_type {kind!r} is not one of llama, qwen2, qwen3")
@@ -583,30 +605,38 @@ def load_config(folder) -> ModelConfig:
     return ModelConfig(**implied | known)
 
 
+class Shapes(torch.overrides.TorchFunctionMode):
+    """Within, no module draws initial values: that takes longer than reading a file's."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        if getattr(function, "__module__", "") != nn.init.__name__:
+            return function(*args, **(kwargs or {}))
+
+
 def load_model(folder, kind=CausalLM, device="cpu", dtype=torch.float32):
     """A CausalLM or ScalarModel with the folder's weights. A ScalarModel made from a CausalLM's
     folder (the reward model from SFT) drops its head and keeps its own zero head; any other
-    missing, misshapen or surplus weight ends with one line that names it."""
-    folder = Path(folder)
-    model = kind(load_config(folder)).to(dtype)
+    missing, misshapen or surplus weight ends with one line that names it. Beside the model no more
+    than the file's mapped pages are in memory, which the system takes back when it needs them."""
+    with torch.device("meta"), Shapes():
+        model = kind(load_config(folder))
     weights = {}
-    for file in sorted(folder.glob("model*.safetensors")):  # large models come in several
+    if kind is ScalarModel:
+        weights["score.weight"] = torch.zeros(model.score.weight.shape)
+    for file in weight_files(folder):
         weights |= read_safetensors(file)
-    if not weights:
-        raise SystemExit(f"{folder}: holds no model.safetensors; was its training finished?")
     parameters = dict(model.named_parameters())
     for name, parameter in parameters.items():
-        if name not in weights and name == "score.weight":
-            continue
         found = tuple(weights[name].shape) if name in weights else "nothing"
         if found != tuple(parameter.shape):
             raise SystemExit(f"{folder}: {name} should be {tuple(parameter.shape)}, the file has "
                              f"{found}")
-        parameter.data.copy_(weights[name])
+        filled = nn.Parameter(weights[name].to(device, dtype, copy=True))
+        torch.utils.swap_tensors(parameter, filled)  # the same object, so that tied stays tied
     for name in weights.keys() - parameters.keys():  # such as biases: without them it is not it
         if name != "lm_head.weight" and not name.endswith("rotary_emb.inv_freq"):
             raise SystemExit(f"{folder}: has {name}, which a {kind.__name__} of ours does not")
-    return model.to(device)
+    return model
 
 
 # ==== command line

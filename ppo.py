@@ -26,7 +26,7 @@ import torch.distributed as dist
 
 from data import Tokenizer, collate, epoch_rows, gold_score, my_micro_batches, pad_rows
 from data import read_prompts, render
-from model import ScalarModel, generate, load_model, save_model, token_logprobs
+from model import ScalarModel, generate, load_model, save_model, token_logprobs, weight_files
 from zero import AdamW, Run, RunConfig, Sharded, all_sum, everywhere, keyed_seed, launch, lr_at
 from zero import print0, setup
 
@@ -341,7 +341,7 @@ def main(cfg):
     tokenizer = Tokenizer.load(cfg.init)
     if Tokenizer.load(cfg.reward).hash != tokenizer.hash:
         raise SystemExit(f"{cfg.reward}: another tokenizer than {cfg.init}'s; train it from there")
-    weights = [f"{folder}/model.safetensors" for folder in (cfg.init, cfg.reward)]
+    weights = [*weight_files(cfg.init), *weight_files(cfg.reward)]
     run = Run(cfg, cfg.steps, inputs=[*cfg.prompts.split(","), *weights])
     models = open_models(cfg, device, dtype)
     policy, value = models["policy"], models["value"]

@@ -21,7 +21,7 @@ import torch.distributed as dist
 
 from data import SPECIALS, Tokenizer, Tokens, collate, my_micro_batches, read_texts, train_bpe
 from model import CausalLM, ModelConfig, expected_first_loss, generate, load_model, save_model
-from model import token_logprobs
+from model import token_logprobs, weight_files
 from zero import AdamW, Run, RunConfig, all_sum, launch, lr_at, prepared, print0, setup
 from zero import write_json
 
@@ -133,7 +133,7 @@ def main(cfg):
     device, dtype = setup(cfg)
     files = [*cfg.data.split(","), *filter(None, cfg.val_data.split(","))]
     if cfg.init:
-        files.append(f"{cfg.init}/model.safetensors")
+        files += weight_files(cfg.init)
     if cfg.tokenizer:
         files.append(f"{cfg.tokenizer}/tokenizer.json")
     run = Run(cfg, cfg.steps, inputs=files)

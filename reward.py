@@ -27,7 +27,7 @@ import torch.nn.functional as F
 from data import MORAL, Tokenizer, collate, epoch_rows, fit, gold_score, judge, my_micro_batches
 from data import pad_rows, read_comparisons, read_json, read_prompts, read_texts, render
 from data import write_jsonl, write_text
-from model import ScalarModel, generate, load_model, save_model, token_logprobs
+from model import ScalarModel, generate, load_model, save_model, token_logprobs, weight_files
 from zero import AdamW, BaseConfig, Run, RunConfig, Sharded, all_sum, everywhere, keyed_seed, launch
 from zero import lr_at, print0, setup
 
@@ -237,7 +237,7 @@ def main(cfg):
     if not items:
         raise SystemExit(f"{cfg.data}: no prompt has two replies of different scores")
     steps = cfg.steps or max(1, round(cfg.epochs * len(items) / cfg.batch_size))
-    files = [*cfg.data.split(","), f"{cfg.init}/model.safetensors"]
+    files = [*cfg.data.split(","), *weight_files(cfg.init)]
     run = Run(cfg, steps, inputs=files)
     print0(f"{len(items)} prompts with a preference, {len(val)} more held out")
     # 2. model: SFT's, with a head of zeros
@@ -324,10 +324,10 @@ def table(cfg):
     records, mix = held_out(cfg.data, cfg.prompts, cfg.limit)
     columns = {}
     for folder in cfg.models.split(","):
-        if Path(folder, "model.safetensors").exists():
+        if Path(folder, "config.json").exists():
             columns[folder] = judge_model(folder, records, mix, cfg, device, dtype)
     if not columns:
-        raise SystemExit(f"{cfg.models}: none of these folders holds a model.safetensors")
+        raise SystemExit(f"{cfg.models}: none of these folders holds a model")
     print0(markdown(columns))
     if dist.get_rank() == 0:
         write_text(cfg.out, json.dumps(columns, indent=2, ensure_ascii=False))
@@ -554,7 +554,7 @@ def reply_logprobs(model, rows, device) -> list[float]:
 
 def reference_logprobs(cfg, tokenizer, rows, device, dtype) -> list[float]:
     """The same under the reference; [] without one, or with one of another tokenizer."""
-    if not Path(cfg.reference, "model.safetensors").exists():
+    if not Path(cfg.reference, "config.json").exists():
         return []
     if Tokenizer.load(cfg.reference).hash != tokenizer.hash:
         return []
@@ -566,7 +566,7 @@ def reference_logprobs(cfg, tokenizer, rows, device, dtype) -> list[float]:
 def reward_scores(cfg, records, device, dtype) -> list[float]:
     """The reward model's score of each record's one reply, normalized as PPO does it; [] without a
     reward model."""
-    if not records or not Path(cfg.reward, "model.safetensors").exists():
+    if not records or not Path(cfg.reward, "config.json").exists():
         return []
     tokenizer = Tokenizer.load(cfg.reward)
     seen = read_result(cfg.reward, "eval.json")

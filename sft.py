@@ -20,7 +20,7 @@ import torch.distributed as dist
 
 from data import Tokenizer, Tokens, collate, epoch_rows, my_micro_batches, read_conversations
 from data import read_prompts, render, show
-from model import generate, load_model, save_model, token_logprobs
+from model import generate, load_model, save_model, token_logprobs, weight_files
 from zero import AdamW, Run, RunConfig, all_sum, launch, lr_at, prepared, print0, setup
 
 
@@ -139,7 +139,7 @@ def main(cfg):
         rows = rows[:end]
     steps = cfg.steps or max(1, round(cfg.epochs * len(rows) / cfg.batch_size))
     files = [*cfg.data.split(","), *filter(None, cfg.val_data.split(","))]
-    run = Run(cfg, steps, inputs=[*files, f"{cfg.init}/model.safetensors"])
+    run = Run(cfg, steps, inputs=[*files, *weight_files(cfg.init)])
     replay = open_replay(cfg, tokenizer)
     share = trained(rows) / sum(len(ids) for ids, _ in rows)
     print0(f"{len(rows):,} conversations, {share:.0%} of their tokens trained, {len(val)} held "

@@ -26,6 +26,7 @@ import zero as z
 from test_data import ASSISTANT, BYTES, DOC, END, talk, write
 from test_model import build
 from test_zero import flat, folder, optimizer  # noqa: F401  folder is a fixture
+from tiny import shard
 from zero import AdamW, BaseConfig, Run, RunConfig
 
 
@@ -151,16 +152,28 @@ def test_what_a_config_leaves_out_is_what_transformers_takes_it_for(tmp_path):
 def test_a_checkpoint_in_several_files_is_loaded_to_the_device_asked_for(tmp_path):
     net = build()
     m.save_model(tmp_path, net)
-    tensors = {k: t.clone() for k, t in m.read_safetensors(tmp_path / "model.safetensors").items()}
-    tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(3)  # old Llamas have it
-    (tmp_path / "model.safetensors").unlink()
+    shard(tmp_path, {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(3)})  # old Llamas'
+    index = (tmp_path / "model.safetensors.index.json").rename(tmp_path / "elsewhere")
     with pytest.raises(SystemExit, match="holds no model.safetensors"):
         m.load_model(tmp_path)
-    for i, part in enumerate((list(tensors.items())[:5], list(tensors.items())[5:]), 1):
-        shapes = {name: tensor.shape for name, tensor in part}
-        m.write_safetensors(tmp_path / f"model-{i}-of-2.safetensors", shapes, torch.float32, part)
-    assert all(map(torch.equal, m.load_model(tmp_path).parameters(), net.parameters()))
+    index.rename(tmp_path / "model.safetensors.index.json")
+    shapes = {"model.norm.weight": (24,)}  # a shard of an earlier save, which no index names
+    m.write_safetensors(tmp_path / "model-3-of-3.safetensors", shapes, torch.float32,
+                        {"model.norm.weight": torch.zeros(24)}.items())
+    loaded = m.load_model(tmp_path)
+    assert all(map(torch.equal, loaded.parameters(), net.parameters()))
+    assert loaded.lm_head.weight is loaded.model.embed_tokens.weight  # tied
     assert next(m.load_model(tmp_path, device="meta").parameters()).is_meta
+    assert {p.dtype for p in m.load_model(tmp_path, dtype=torch.half).parameters()} == {torch.half}
+    (tmp_path / "model-2-of-2.safetensors").unlink()
+    with pytest.raises(SystemExit, match="model-2-of-2.safetensors: no such file, but"):
+        m.load_model(tmp_path)
+
+
+def test_every_script_names_what_weight_files_finds_as_its_inputs():
+    for name in "pretrain sft reward ppo dpo".split():
+        text = (Path(m.__file__).parent / f"{name}.py").read_text(encoding="utf-8")
+        assert "weight_files(cfg." in text and "model.safetensors" not in text
 
 
 def test_a_checkpoint_says_what_it_is_and_one_rank_writes_it(tmp_path):

@@ -26,6 +26,7 @@ import reward
 import zero
 from data import Tokenizer, epoch_rows, gold_score, read_json, write_jsonl
 from model import CausalLM, ModelConfig, ScalarModel, load_model, read_safetensors, save_model
+from tiny import shard
 
 TOK = Tokenizer.from_merges([(ord("t"), ord("h")), (256, ord("e"))])  # bytes, "th" and "the"
 USER, ASSISTANT, END, SCORE, STOP = (TOK.ids[f"<|{name}|>"] for name in (
@@ -236,12 +237,14 @@ def test_the_reward_model_takes_a_plain_loops_steps_on_1_2_and_3_processes(ranks
     cfg = reward.Config(init="reward", data="first.jsonl,second.jsonl", micro_tokens=300, **RUN)
     trains_as_plainly(ranks, tmp_path, reward.main, cfg, load(tmp_path / "reward", ScalarModel),
                       RANKED, preference_loss, judged_scores)
+    shard(tmp_path / "sft")
     cfg = replace(cfg, init="sft", val_fraction=0.0, steps=1, lr=0.0, out="all")
     result, printed, _ = on(ranks, 1, tmp_path, reward.main, cfg)
     assert "first loss 0.6931, expected 0.6931" in printed, f"the head starts at zero: {printed}"
     assert result["pairs"] == 22, f"nothing is held out: all 22 pairs are judged, {result}"
     inputs = json.loads((tmp_path / "all/run.json").read_text("utf-8"))["inputs"]
-    assert set(inputs) == {"first.jsonl", "second.jsonl", "sft/model.safetensors"}
+    shards = {f"sft/model-{i}-of-2.safetensors" for i in (1, 2)}
+    assert set(inputs) == {"first.jsonl", "second.jsonl"} | shards
 
 
 # ---------------------------------------------------------------- DPO

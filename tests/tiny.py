@@ -17,7 +17,7 @@ import torch.nn as nn
 
 import zero
 from data import Tokenizer
-from model import CausalLM, ModelConfig, save_model
+from model import CausalLM, ModelConfig, read_safetensors, save_model, write_safetensors
 
 TOK = Tokenizer.from_merges([(97, 98), (256, 256)])  # "ab" and "abab": not just bytes
 SHAPE = dict(hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=4,
@@ -60,6 +60,19 @@ def checkpoint(folder, seed=1):
         nn.init.normal_(p, 1.0 if p.dim() == 1 else 0.0, 0.2)
     save_model(folder, net)
     TOK.save(folder)
+
+
+def shard(folder, more={}):
+    """The weights of a folder in two files, with an index that names them, as large models come."""
+    tensors = list((read_safetensors(folder / "model.safetensors") | more).items())
+    weight_map = {}
+    for i, part in enumerate((tensors[:5], tensors[5:]), 1):
+        name = f"model-{i}-of-2.safetensors"
+        shapes = {name: tensor.shape for name, tensor in part}
+        write_safetensors(folder / name, shapes, torch.float32, part)
+        weight_map |= dict.fromkeys(shapes, name)
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    (folder / "model.safetensors").unlink()
 
 
 def furnish(folder):
