@@ -248,6 +248,14 @@ def write_jsonl(path, records):
 SPECIALS = ["<|endoftext|>", "<|pad|>", "<|system|>", "<|user|>", "<|assistant|>", "<|end|>",
             "<|reward|>"]
 TEXT_ENDS = ["<|endoftext|>", "<|end_of_text|>", "<｜end▁of▁sentence｜>"]  # ours, others'
+ENDS = ["<|end|>", "<|im_end|>", "<|eot_id|>", *TEXT_ENDS]  # of a turn: ours, ChatML's, Llama 3's
+CHAT_STARTS = ["<|im_start|>", "<|start_header_id|>"]  # of the last two
+# `render`, for other programs
+CHAT_TEMPLATE = ("{% for message in messages %}<|{{ message['role'] }}|>{{ message['content'] }}"
+                 "<|end|>{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}")
+SIDE_FILES = ["tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja",
+              "generation_config.json"]
+TOKEN_FLAGS = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
 # What BPE may merge within: one Han character, one digit (sums stay legible), an English word with
 # its space, a run of punctuation, a run of blanks.
 PATTERN = (r"\p{Han}|'(?:[sdmt]|ll|ve|re)| ?(?:(?!\p{Han})\p{L})+|\p{N}"
@@ -386,16 +394,18 @@ class Tokenizer:
 
     Fields: encoding, whose numbers are ranks (256 + i is the i-th merge), in ours the ids too;
     vocab_size; ids, {"<|end|>": id, ...} of the special tokens, which text never yields; plain, the
-    same of added tokens that it does yield; hash; spec.
+    same of added tokens that it does yield; hash; spec; beside, {name: bytes} of the files that
+    others put beside a tokenizer.json.
     """
 
-    def __init__(self, spec: dict):
+    def __init__(self, spec: dict, beside=()):
         check_followed(spec)
         added = spec["added_tokens"]
         self.ids = {token["content"]: token["id"] for token in added if token["special"]}
         self.plain = {token["content"]: token["id"] for token in added if not token["special"]}
         missing = [special for special in SPECIALS if special not in self.ids]
-        if "<|reward|>" in self.ids and missing:  # one of ours, then
+        chat = [name for name in CHAT_STARTS if name in self.ids]
+        if "<|reward|>" in self.ids and missing and not chat:  # one of ours, then
             raise SystemExit(f"tokenizer: no {', '.join(missing)} among its special tokens")
         if not missing and self.ids["<|pad|>"] == self.ids["<|end|>"]:
             raise SystemExit("tokenizer: <|pad|> and <|end|> must differ, or no model can stop")
@@ -405,8 +415,12 @@ class Tokenizer:
         self.read_model(spec["model"], spec["pre_tokenizer"])
         self.vocab_size = max(self.bytes_of) + 1
         self.cached = lru_cache(maxsize=1 << 16)(self.piece_ids)
-        self.hash = hashlib.sha256(json.dumps(spec, sort_keys=True).encode()).hexdigest()
+        # what other programs put around a text is not followed, and changes no id of it
+        known = {key: value for key, value in spec.items() if key != "post_processor"}
+        self.hash = hashlib.sha256(json.dumps(known, sort_keys=True).encode()).hexdigest()
         self.spec = spec
+        self.beside = dict(beside)
+        self.ours = not missing
 
     def read_model(self, model: dict, pre_tokenizer: dict):
         """Vocabulary and merges to ranks, ids and bytes. A token that several merges make (Llama
@@ -449,8 +463,7 @@ class Tokenizer:
             names.append(names[left] + names[right])
         model = {"type": "BPE", "vocab": {name: i for i, name in enumerate(names)},
                  "merges": [[names[left], names[right]] for left, right in merges]}
-        flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
-        added = [{"id": i, "content": special, "special": True} | flags
+        added = [{"id": i, "content": special, "special": True} | TOKEN_FLAGS
                  for i, special in enumerate(SPECIALS, len(names))]
         level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True,
                  "use_regex": False}
@@ -468,11 +481,40 @@ class Tokenizer:
             raise SystemExit(f"{path}: no such file; python data.py bpe --data FILE --out DIR "
                              "makes one")
         try:
-            return cls(json.loads(read_text(path)))
+            beside = [path.with_name(name) for name in SIDE_FILES]
+            beside = {file.name: file.read_bytes() for file in beside if file.exists()}
+            return cls(json.loads(read_text(path)), beside)
         except (ValueError, LookupError, TypeError, regex.error) as error:
             raise SystemExit(f"{path}: not a byte-level BPE tokenizer ({error!r})")
 
-    def save(self, folder):
+    def scoring(self):
+        """Its reward model's: the same ids and <|reward|>, where there was none the next id. The
+        post-processor lets other programs end a text with it; none is followed here."""
+        added = self.spec["added_tokens"]
+        token = self.ids.get("<|reward|>", self.vocab_size)
+        if token == self.vocab_size:
+            added = [*added, {"id": token, "content": "<|reward|>", "special": True} | TOKEN_FLAGS]
+        text, pair = ({"Sequence": {"id": name, "type_id": 0}} for name in "AB")
+        last = {"SpecialToken": {"id": "<|reward|>", "type_id": 0}}
+        named = {"id": "<|reward|>", "ids": [token], "tokens": ["<|reward|>"]}
+        behind = {"type": "TemplateProcessing", "single": [text, last], "pair": [text, pair, last],
+                  "special_tokens": {"<|reward|>": named}}
+        return Tokenizer(self.spec | {"added_tokens": added, "post_processor": behind},
+                         self.beside)
+
+    def save(self, folder, context: int | None = None):
+        """tokenizer.json, and beside it what transformers reads: of a foreign tokenizer the files
+        that it came with, of ours the chat template and the longest sequence."""
+        files = {"generation_config.json": json.dumps(self.marks()).encode()} | self.beside
+        if self.ours:
+            config = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|end|>",
+                      "pad_token": "<|pad|>", "model_max_length": context,
+                      "clean_up_tokenization_spaces": False, "chat_template": CHAT_TEMPLATE}
+            files["tokenizer_config.json"] = json.dumps(config, indent=2).encode()
+        for name in SIDE_FILES:  # none is left of a tokenizer that was here before
+            Path(folder, name).unlink(missing_ok=True)
+        for name, content in files.items():
+            write_bytes(Path(folder) / name, content)
         write_text(Path(folder) / "tokenizer.json", json.dumps(self.spec, ensure_ascii=False))
 
     def encode(self, text: str) -> list[int]:
@@ -534,17 +576,23 @@ class Tokenizer:
 
     @property
     def end(self) -> int:
-        """Ends a turn: in our chat, in ChatML, in Llama 3's; of a base model, the text."""
-        return self.special("<|end|>", "<|im_end|>", "<|eot_id|>", *TEXT_ENDS)
+        """Ends a turn; of a base model, the text."""
+        return self.special(*ENDS)
 
     @property
     def pad(self) -> int:
         return self.ids.get("<|pad|>", self.end)  # masks come from lengths, so any token will do
 
+    def marks(self) -> dict:
+        """Special tokens as a model's config.json names them; a reply is over at any eos."""
+        ends = [self.ids[name] for name in ENDS if name in self.ids]
+        start = self.ids.get("<|begin_of_text|>")
+        return {"bos_token_id": start, "eos_token_id": ends, "pad_token_id": self.pad}
+
     def turn(self, role: str, text: str = "") -> list[int]:
         """A turn up to its end token, in the chat form whose tokens there are. The text is encoded
         together with what stands before it, as a template's text would be."""
-        start = self.special(f"<|{role}|>", "<|im_start|>", "<|start_header_id|>")
+        start = self.special(f"<|{role}|>", *CHAT_STARTS)
         if f"<|{role}|>" in self.ids:
             return [start, *self.encode(text)]
         if "<|im_start|>" in self.ids:

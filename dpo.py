@@ -201,10 +201,7 @@ def main(cfg):
     with optimizer.gathered():
         result = evaluate(model, pairs[first:], reference[first:], tokenizer, cfg, device)
     # 5. save
-    first_rank = dist.get_rank() == 0
-    save_model(cfg.out, model, optimizer.full_parameters(), write=first_rank)
-    if first_rank:
-        tokenizer.save(cfg.out)
+    save_model(cfg.out, model, optimizer.full_parameters(), dist.get_rank() == 0, tokenizer)
     run.finish(**result)
     return result
 

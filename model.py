@@ -530,9 +530,10 @@ def read_safetensors(path) -> dict[str, torch.Tensor]:
                          "train it again")
 
 
-def save_model(folder, model, tensors=None, write: bool = True):
+def save_model(folder, model, tensors=None, write: bool = True, tokenizer=None):
     """Writes config.json and model.safetensors as Hugging Face does. tensors: (name, full tensor)
-    in the order of model.named_parameters(), where the model's own are not whole: under ZeRO."""
+    in the order of model.named_parameters(), where the model's own are not whole: under ZeRO.
+    tokenizer: to be saved beside it."""
     parameters = dict(model.named_parameters())
     tensors = parameters.items() if tensors is None else tensors
     if not write:  # all processes must ask for a tensor to gather it, although one writes (zero.py)
@@ -549,6 +550,9 @@ def save_model(folder, model, tensors=None, write: bool = True):
         "architectures": [model.config.model_type.capitalize() + task]}
     if scalar:
         entries["num_labels"] = 1
+    if tokenizer:
+        entries |= tokenizer.marks()
+        tokenizer.save(folder, model.config.max_position_embeddings)
     with written_whole(folder / "config.json") as file:
         file.write(json.dumps(entries, indent=2).encode())
     shapes = {name: tuple(p.shape) for name, p in parameters.items()}
@@ -637,6 +641,17 @@ def load_model(folder, kind=CausalLM, device="cpu", dtype=torch.float32):
         if name != "lm_head.weight" and not name.endswith("rotary_emb.inv_freq"):
             raise SystemExit(f"{folder}: has {name}, which a {kind.__name__} of ours does not")
     return model
+
+
+def add_token(model: ScalarModel, token: int) -> str:
+    """Gives the first token behind those in use their mean embedding: its row is a spare one, which
+    was never trained, or where there is none a new one. Returns which."""
+    embedding = model.model.embed_tokens
+    rows = embedding.weight.detach()
+    mean = rows[:token].mean(0, keepdim=True)
+    embedding.weight = nn.Parameter(torch.cat([rows[:token], mean, rows[token + 1 :]]))
+    model.config.vocab_size = embedding.num_embeddings = len(embedding.weight)
+    return "a spare" if token < len(rows) else "a new"
 
 
 # ==== command line

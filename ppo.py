@@ -338,7 +338,8 @@ def judged(model, records, reward, norm, tokenizer, cfg, device) -> dict:
 def main(cfg):
     # 1. models
     device, dtype = setup(cfg)
-    tokenizer = Tokenizer.load(cfg.init)
+    own = Tokenizer.load(cfg.init)
+    tokenizer = own.scoring()  # the reward model's may have a token more, <|reward|>
     if Tokenizer.load(cfg.reward).hash != tokenizer.hash:
         raise SystemExit(f"{cfg.reward}: another tokenizer than {cfg.init}'s; train it from there")
     weights = [*weight_files(cfg.init), *weight_files(cfg.reward)]
@@ -381,9 +382,7 @@ def main(cfg):
             found = judged(model, records[trained:], models["reward"], norm, tokenizer, cfg, device)
             result |= {f"{key} {name}": number for key, number in found.items()}
     # 5. save
-    save_model(cfg.out, policy.model, policy.full_parameters(), write=dist.get_rank() == 0)
-    if dist.get_rank() == 0:
-        tokenizer.save(cfg.out)
+    save_model(cfg.out, policy.model, policy.full_parameters(), dist.get_rank() == 0, own)
     run.finish(**result)
     return result
 

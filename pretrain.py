@@ -179,9 +179,7 @@ def main(cfg):
             show_sample(model, val, tokenizer)
 
     # 5. save
-    save_model(cfg.out, model, optimizer.full_parameters(), write=rank == 0)
-    if rank == 0:
-        tokenizer.save(cfg.out)
+    save_model(cfg.out, model, optimizer.full_parameters(), rank == 0, tokenizer)
     run.finish(**result)
     return result
 

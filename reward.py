@@ -27,7 +27,8 @@ import torch.nn.functional as F
 from data import MORAL, Tokenizer, collate, epoch_rows, fit, gold_score, judge, my_micro_batches
 from data import pad_rows, read_comparisons, read_json, read_prompts, read_texts, render
 from data import write_jsonl, write_text
-from model import ScalarModel, generate, load_model, save_model, token_logprobs, weight_files
+from model import ScalarModel, add_token, generate, load_model, save_model, token_logprobs
+from model import weight_files
 from zero import AdamW, BaseConfig, Run, RunConfig, Sharded, all_sum, everywhere, keyed_seed, launch
 from zero import lr_at, print0, setup
 
@@ -225,7 +226,8 @@ def evaluate(model, items, tokenizer, cfg, device) -> dict:
 def main(cfg):
     # 1. data: (rows of token ids, labels, record) of each comparison, the last of them held out
     device, dtype = setup(cfg)
-    tokenizer = Tokenizer.load(cfg.init)
+    own = Tokenizer.load(cfg.init)
+    tokenizer = own.scoring()
     items = []
     for record in read_comparisons(cfg.data):
         if len(set(record["scores"])) > 1:
@@ -242,6 +244,10 @@ def main(cfg):
     print0(f"{len(items)} prompts with a preference, {len(val)} more held out")
     # 2. model: SFT's, with a head of zeros
     model = load_model(cfg.init, ScalarModel)
+    if "<|reward|>" not in own.ids:
+        row = add_token(model, own.vocab_size)
+        print0(f"{cfg.init}: no <|reward|> in its tokenizer; it becomes token {own.vocab_size}, "
+               f"{row} row of the embedding, set to the mean of the rows before it")
     model.model.activation_checkpointing = cfg.checkpointing
     optimizer = AdamW(model, cfg.zero, dtype, device, weight_decay=cfg.weight_decay,
                       grad_clip=cfg.grad_clip, offload=cfg.offload)
@@ -273,10 +279,7 @@ def main(cfg):
     with optimizer.gathered():
         result = evaluate(model, val or items, tokenizer, cfg, device)
     # 5. save
-    first_rank = dist.get_rank() == 0
-    save_model(cfg.out, model, optimizer.full_parameters(), write=first_rank)
-    if first_rank:
-        tokenizer.save(cfg.out)
+    save_model(cfg.out, model, optimizer.full_parameters(), dist.get_rank() == 0, tokenizer)
     run.finish(**result)
     return result
 

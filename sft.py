@@ -174,9 +174,7 @@ def main(cfg):
             show_replies(model, tokenizer, cfg)
 
     # 5. save
-    save_model(cfg.out, model, optimizer.full_parameters(), write=dist.get_rank() == 0)
-    if dist.get_rank() == 0:
-        tokenizer.save(cfg.out)
+    save_model(cfg.out, model, optimizer.full_parameters(), dist.get_rank() == 0, tokenizer)
     run.finish(**result)
     return result
 

@@ -7,10 +7,19 @@ reads) is checked by hand, since the tests may not install it.
 import json
 from pathlib import Path
 
+import jinja2  # torch brings it
 import pytest
 import torch
 
-from model import load_model, save_model
+import dpo
+import ppo
+import pretrain
+import reward
+import sft
+from data import SIDE_FILES, Tokenizer, render
+from model import CausalLM, ModelConfig, ScalarModel, load_model, save_model
+from test_data import STYLES
+from tiny import SHAPE, TALKS, TOK, checkpoint, talk, write_jsonl
 
 FOLDERS = sorted((Path(__file__).parent / "transformers").iterdir())
 
@@ -36,3 +45,163 @@ def test_what_we_write_again_holds_the_same_names_shapes_and_bits(folder, tmp_pa
     for key in ("architectures", "model_type", "hidden_size", "head_dim", "tie_word_embeddings"):
         if key in theirs:
             assert ours[key] == theirs[key]
+
+
+# ---------------------------------------------------------------- others' models through the stages
+
+RUN = dict(batch_size=4, threads=1, device="cpu", dtype="fp32", warmup=0.0)
+
+
+def chatml(folder, spare=0, style="qwen"):
+    """The folder of a model as others publish it: ChatML, no <|reward|>, no padding token."""
+    tokenizer = Tokenizer(STYLES[style])
+    torch.manual_seed(3)
+    net = CausalLM(ModelConfig(tokenizer.vocab_size + spare, **SHAPE))
+    for p in net.parameters():
+        torch.nn.init.normal_(p, 1.0 if p.dim() == 1 else 0.0, 0.2)
+    save_model(folder, net)
+    tokenizer.save(folder)
+    return tokenizer, net
+
+
+def furnish(folder):
+    """What the stages read; the replies of a prompt differ in length, so that rows are padded."""
+    write_jsonl(folder / "talks.jsonl", TALKS)
+    questions = [talk("ab" + "?" * i) | {"answer": "abc", "family": "f", "split": "combination"}
+                 for i in range(8)]
+    write_jsonl(folder / "questions.jsonl", questions)
+    write_jsonl(folder / "pairs.jsonl", [{"prompt": q["messages"], "chosen": "abc" * (i % 3 + 1),
+                                          "rejected": "1 2 3"} for i, q in enumerate(questions)])
+    write_jsonl(folder / "text.jsonl", [{"text": "ab abc 123"}])
+
+
+def stages(folder):
+    """SFT, reward model, PPO, DPO from folder/open; returns what each result is."""
+    init, pairs = str(folder / "open"), str(folder / "pairs.jsonl")
+    cut = dict(RUN, steps=2, val_fraction=0.4, context=64)
+    told = {name: value for name, value in cut.items() if name != "context"}
+    return [
+        sft.main(sft.Config(init=init, out=f"{folder}/sft", data=f"{folder}/talks.jsonl", **cut)),
+        reward.main(reward.Config(init=init, out=f"{folder}/reward", data=pairs, **cut)),
+        ppo.main(ppo.Config(init=init, reward=f"{folder}/reward", out=f"{folder}/ppo", **told,
+                            prompts=str(folder / "questions.jsonl"), max_new_tokens=6)),
+        dpo.main(dpo.Config(init=init, out=f"{folder}/dpo", data=pairs, **cut))]
+
+
+@pytest.mark.parametrize("spare", [0, 3])
+def test_an_open_model_goes_through_every_stage_and_keeps_its_tokenizer(alone, tmp_path, spare, capsys):
+    furnish(tmp_path)
+    own, net = chatml(tmp_path / "open", spare)
+    for name in SIDE_FILES:
+        (tmp_path / "open" / name).write_bytes(f"{name}: 糖\r\n".encode())
+    stages(tmp_path)
+    said = capsys.readouterr().out
+    row = f"it becomes token {own.vocab_size}, a {'spare' if spare else 'new'} row"
+    assert row in said and "first KL 0, expected 0; first ratio 1 ± " in said
+    for name in ("sft", "ppo", "dpo"):
+        assert Tokenizer.load(tmp_path / name).hash == own.hash
+        assert load_model(tmp_path / name).config == net.config
+    for name in SIDE_FILES:  # what came from Hugging Face goes back whole
+        for out in ("sft", "reward", "ppo", "dpo"):
+            assert (tmp_path / out / name).read_bytes() == f"{name}: 糖\r\n".encode()
+    scorer = Tokenizer.load(tmp_path / "reward")
+    assert scorer.ids == own.ids | {"<|reward|>": own.vocab_size} and scorer.plain == own.plain
+    assert scorer.vocab_size == own.vocab_size + 1
+    scored = load_model(tmp_path / "reward", ScalarModel)
+    assert scored.config.vocab_size == own.vocab_size + (spare or 1)
+    # a reward model goes on training with the token it has
+    reward.main(reward.Config(init=f"{tmp_path}/reward", out=f"{tmp_path}/more", steps=1,
+                              context=64, data=f"{tmp_path}/pairs.jsonl", **RUN))
+    assert "it becomes" not in capsys.readouterr().out
+    assert load_model(tmp_path / "more", ScalarModel).config == scored.config
+    # what is collected and judged
+    prompts = f"{tmp_path}/questions.jsonl"
+    reward.collect(reward.CollectConfig(init=f"{tmp_path}/open", prompts=prompts, threads=1,
+                                        out=f"{tmp_path}/comparisons.jsonl", max_new_tokens=6))
+    columns = reward.table(reward.TableConfig(
+        models=f"{tmp_path}/sft", data=prompts, text=f"{tmp_path}/text.jsonl", prompts=prompts,
+        reward=f"{tmp_path}/reward", reference=f"{tmp_path}/open", out=f"{tmp_path}/table.json",
+        max_new_tokens=6, threads=1))
+    [column] = columns.values()
+    assert {"reward score, T=1", "KL to SFT per reply, T=1", "bits per byte"} <= column.keys()
+
+
+@pytest.mark.parametrize("spare", [0, 3])
+def test_a_tokens_new_row_is_the_mean_of_the_used_ones_and_no_other_row_moves(tmp_path, spare):
+    own, net = chatml(tmp_path, spare)
+    model, used = load_model(tmp_path, ScalarModel), own.vocab_size
+    reward.add_token(model, used)
+    old, new = net.model.embed_tokens.weight, model.model.embed_tokens.weight
+    assert torch.equal(new[:used], old[:used]) and torch.equal(new[used + 1 :], old[used + 1 :])
+    assert torch.allclose(new[used], sum(old[:used]) / used, atol=1e-6)
+    assert len(new) == used + (spare or 1) == model.config.vocab_size and new.requires_grad
+
+
+def test_what_pads_the_rows_changes_no_loss(alone, tmp_path, monkeypatch):
+    results = []
+    for pad in (None, 0, 5):  # the end token, as foreign tokenizers have no padding; two others
+        folder = tmp_path / str(pad)
+        folder.mkdir()
+        furnish(folder)
+        chatml(folder / "open")
+        if pad is not None:
+            monkeypatch.setattr(Tokenizer, "pad", pad)
+        results.append(stages(folder))
+    assert results[0] == results[1] == results[2]
+    assert all(results[0]), "every stage has judged something"
+
+
+# ---------------------------------------------------------------- what transformers reads of ours
+
+
+def read(path):
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def test_every_folder_of_ours_says_what_ends_a_text_what_pads_it_and_how_a_chat_is_written(
+        alone, tmp_path):
+    furnish(tmp_path)
+    checkpoint(tmp_path / "open")
+    (tmp_path / "sft").mkdir()
+    (tmp_path / "sft/chat_template.jinja").write_text("of a tokenizer that was here before")
+    stages(tmp_path)
+    pretrain.main(pretrain.Config(out=f"{tmp_path}/base", data=f"{tmp_path}/text.jsonl", steps=1,
+                                  tokenizer=f"{tmp_path}/open", context=4, **RUN))
+    end, stop, pad = (TOK.ids[f"<|{name}|>"] for name in ("end", "endoftext", "pad"))
+    marks = {"bos_token_id": None, "eos_token_id": [end, stop], "pad_token_id": pad}
+    for out, context in {"base": 256, "sft": 64, "reward": 64, "ppo": 64, "dpo": 64}.items():
+        config = read(tmp_path / out / "config.json")
+        assert read(tmp_path / out / "generation_config.json") == marks
+        assert {name: config[name] for name in marks} == marks
+        told = read(tmp_path / out / "tokenizer_config.json")
+        assert told["tokenizer_class"] == "PreTrainedTokenizerFast"
+        assert (told["eos_token"], told["pad_token"]) == ("<|end|>", "<|pad|>")
+        assert told["model_max_length"] == context == config["max_position_embeddings"]
+        assert told["clean_up_tokenization_spaces"] is False and "chat_template" in told
+        assert not (tmp_path / out / "chat_template.jinja").exists()
+
+
+@pytest.mark.parametrize("texts, system", [(["a"], ""), (["\na ", "b\n", "<c>"], "be kind"),
+                                           (["a", "b", "c", "d"], "")])
+def test_the_chat_template_writes_what_render_encodes(tmp_path, texts, system):
+    TOK.save(tmp_path)
+    source = read(tmp_path / "tokenizer_config.json")["chat_template"]
+    template = jinja2.Environment(trim_blocks=True, lstrip_blocks=True).from_string(source)
+    messages = [{"role": "system", "content": system}] * bool(system) + talk(*texts)["messages"]
+    asked = messages[-1]["role"] == "user"
+    text = template.render(messages=messages, add_generation_prompt=asked)
+    assert text == TOK.decode(render(messages, TOK)[0], specials=True)
+
+
+def test_a_reward_models_tokenizer_ends_a_text_with_reward_and_still_is_the_policys(tmp_path):
+    for tokenizer in (TOK, Tokenizer(STYLES["qwen"])):
+        tokenizer.scoring().save(tmp_path)
+        behind = read(tmp_path / "tokenizer.json")["post_processor"]
+        token = Tokenizer.load(tmp_path).ids["<|reward|>"]
+        assert behind["single"] == [{"Sequence": {"id": "A", "type_id": 0}},
+                                    {"SpecialToken": {"id": "<|reward|>", "type_id": 0}}]
+        [named] = behind["special_tokens"].values()
+        assert named == {"id": "<|reward|>", "ids": [token], "tokens": ["<|reward|>"]}
+        assert Tokenizer.load(tmp_path).encode("ab") == tokenizer.encode("ab")
+        assert Tokenizer.load(tmp_path).hash == tokenizer.scoring().hash
+    assert TOK.scoring().hash == TOK.hash, "reward models made before had no post-processor"
