@@ -16,15 +16,16 @@ Expect: the first loss is ln 2. The chosen reply's reward may fall while the mar
 
 import math
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
 from data import Tokenizer, collate, epoch_rows, fit, my_micro_batches, read_comparisons, render
-from model import load_model, save_model, token_logprobs, weight_files
+from model import load_model, save_model, token_logprobs, tune, untuned, weight_files
 from zero import AdamW, Run, RunConfig, Sharded, all_sum, everywhere, keyed_seed, launch, lr_at
-from zero import print0, setup
+from zero import print0, print_held, setup
 
 
 @dataclass
@@ -42,6 +43,9 @@ class Config(RunConfig):
     epochs: float = 2.0  # passes over the pairs
     batch_size: int = 16  # pairs per optimizer step over all processes
     lr: float = 1e-4  # peak learning rate, after warmup: far below SFT's, or the model is ruined
+    tune: Literal["full", "lora"] = "full"  # what is trained: everything, or LoRA's matrices
+    tune_size: int = 8  # LoRA's rank
+    alpha: float = 16.0  # LoRA's change is scaled by alpha / tune-size
     steps: int = 0  # optimizer steps; 0: as many as --epochs makes
 
 
@@ -108,16 +112,23 @@ def in_parts(pairs, known, cfg):
         yield [pairs[i] for i in part], [known[i] for i in part]
 
 
+def open_policy(cfg, device, dtype) -> AdamW:
+    """The model that is trained."""
+    model = load_model(cfg.init)
+    tune(model, cfg.tune, cfg.tune_size, cfg.alpha, cfg.init)
+    model.model.activation_checkpointing = cfg.checkpointing
+    return AdamW(model, cfg.zero, dtype, device, weight_decay=cfg.weight_decay,
+                 grad_clip=cfg.grad_clip, offload=cfg.offload)
+
+
 @torch.no_grad()
-def reference_logprobs(pairs, tokenizer, cfg, device, dtype) -> list[tuple[float, float]]:
-    """(chosen, rejected) of every pair under the frozen start, which is let go behind this."""
-    frozen = load_model(cfg.reference or cfg.init).requires_grad_(False)
-    reference = Sharded(frozen, cfg.zero, dtype, device)
-    size = frozen.config.num_parameters()
-    print0(f"two models of {size:,} parameters; the reference is asked once and let go")
+def reference_logprobs(reference, pairs, tokenizer, cfg, device) -> list[tuple[float, float]]:
+    """(chosen, rejected) of every pair under the frozen start."""
+    print_held("reference", reference)
     mine = {}
     for members, numbers in in_parts(pairs, range(len(pairs)), cfg):
-        sides = sequence_logprobs(reference.model, members, tokenizer, device)
+        with untuned(reference.model):
+            sides = sequence_logprobs(reference.model, members, tokenizer, device)
         mine |= zip(numbers, sides.T.tolist())
     everyone = everywhere(mine)
     return [everyone[i] for i in range(len(pairs))]
@@ -171,12 +182,18 @@ def main(cfg):
         files += weight_files(cfg.reference)
     run = Run(cfg, steps, inputs=files)
     print0(f"{trained} pairs, {held} held out")
-    # 2. models: what the reference says of every pair, then the policy
-    reference = reference_logprobs(pairs, tokenizer, cfg, device, dtype)
-    model = load_model(cfg.init)
-    model.model.activation_checkpointing = cfg.checkpointing
-    optimizer = AdamW(model, cfg.zero, dtype, device, weight_decay=cfg.weight_decay,
-                      grad_clip=cfg.grad_clip, offload=cfg.offload)
+    # 2. models: the policy, and what the reference says of every pair
+    if cfg.tune == "lora" and not cfg.reference:  # the policy without its LoRA
+        optimizer = open_policy(cfg, device, dtype)
+        reference = reference_logprobs(optimizer, pairs, tokenizer, cfg, device)
+    else:  # a second model, let go before the policy is there
+        frozen = load_model(cfg.reference or cfg.init).requires_grad_(False)
+        sharded = Sharded(frozen, cfg.zero, dtype, device)
+        reference = reference_logprobs(sharded, pairs, tokenizer, cfg, device)
+        del frozen, sharded
+        optimizer = open_policy(cfg, device, dtype)
+    model = optimizer.model
+    print_held("policy", optimizer)
 
     # 3. loop
     for step in range(run.resume(model=optimizer), steps):

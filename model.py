@@ -2,6 +2,7 @@
 
     python model.py            the presets with their sizes (D0 4.2.1, D2 第2节, beside 12·L·C²)
     python model.py out/sft    chat with a checkpoint (--prompt "..." asks once and ends)
+    python model.py merge out/lora --out out/whole    LoRA into the weights of its base
 
 Llama's architecture under Hugging Face's names, so that a checkpoint is an ordinary Hugging Face
 folder: RMSNorm, rotary positions, grouped-query attention, SwiGLU; Qwen2's query-key-value bias and
@@ -17,10 +18,12 @@ import argparse
 import json
 import math
 import os
+import sys
 import unicodedata
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Literal
 
 # A CPU thread that waits gives up its core soon: where other processes compute too, threads that
 # keep it make a step ten times slower. It has to be said before torch is loaded.
@@ -172,13 +175,16 @@ class Attention(nn.Module):
             q = self.q_norm(q)
             k = self.k_norm(k)
         turn = fast_rotate if FAST else rotate
-        q = turn(q.transpose(1, 2), cos, sin)  # (B, H, T, D)
+        plain = q.transpose(1, 2)
+        q = turn(plain, cos, sin)  # (B, H, T, D)
         k = turn(k.transpose(1, 2), cos, sin)  # (B, K, T, D)
         v = v.transpose(1, 2)
         if cache is not None:
             k, v = cache.append(layer, k, v)  # (B, K, S, D)
         attention = fast_attention if FAST else attention_formula
         y = attention(q, k, v, mask)  # (B, H, T, D)
+        if hasattr(self, "prefix"):
+            y = y + self.prefix(plain)
         return self.o_proj(y.transpose(1, 2).reshape(B, T, -1))
 
 
@@ -219,12 +225,17 @@ class Decoder(nn.Module):
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.prompt_ids = []  # of embeddings that stand before every text (prompt tuning)
         self.activation_checkpointing = False  # recompute blocks in backward, store their inputs
         self.tables = {}  # (device, dtype) → cos, sin: no buffers, a state dict is parameters only
 
     def forward(self, input_ids, cache=None):
         """With a cache, in generation, rows are padded on the left and go on where it ends; in
         training on the right, where the causal mask hides it: no padding mask is needed."""
+        front = self.prompt_ids if cache is None else []  # in generation they are in the prompts
+        if front:
+            ids = torch.tensor(front, device=input_ids.device).expand(len(input_ids), -1)
+            input_ids = torch.cat([ids, input_ids], dim=1)
         x = self.embed_tokens(input_ids)  # (B, T, C)
         cos, sin, mask = self.positions(x, cache)
         for i, layer in enumerate(self.layers):
@@ -233,7 +244,7 @@ class Decoder(nn.Module):
                 x = checkpoint(layer, x, cos, sin, mask, use_reentrant=False)
             else:
                 x = layer(x, cos, sin, mask, i, cache)
-        return self.norm(x)
+        return self.norm(x)[:, len(front) :]
 
     def positions(self, x, cache):
         """cos, sin and mask: all that tells a layer where the tokens of x (B, T, C) stand."""
@@ -335,6 +346,259 @@ def token_logprobs(model: CausalLM, input_ids, targets):
     return model.lm_head(model.model(input_ids), targets)
 
 
+# ==== parameter-efficient tuning (D3 第2节, D4 3.2): the base is frozen, a small part is trained
+
+Tuning = Literal["full", "freeze", "bitfit", "lora", "qlora", "adapter", "prefix", "prompt"]
+ADDING = ("lora", "qlora", "adapter", "prefix", "prompt")  # their weights stand beside the base's
+PEFT_PREFIX = "base_model.model."  # before their names in a file
+MATRICES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "score")
+
+
+def tune(model, kind, size, alpha, base=""):
+    """Makes a model train only what `kind` says. It starts as its base exactly, but for "prompt".
+
+        full      everything
+        freeze    the last `size` blocks and the last norm
+        bitfit    the biases (Ben Zaken et al. 2022), where there are any
+        lora      a change of rank `size` to each matrix of the blocks, and to a reward head
+        qlora     the same over matrices stored in 4 bits
+        adapter   bottlenecks of width `size` behind attention and MLP, and the norms (Houlsby 2019)
+        prefix    `size` learned keys and values in each layer, for all positions to look at
+        prompt    `size` learned embeddings in front of every text (Lester et al. 2021)
+
+    alpha: LoRA's change is scaled by alpha / size; base: the folder whose weights these are."""
+    if hasattr(model, "tuned"):
+        raise SystemExit(f"--init holds weights of --tune {model.tuned['tune']}, which can't be "
+                         f"merged; start from {model.tuned['base_model_name_or_path']}")
+    if kind == "full":
+        return
+    model.tuned = {"tune": kind, "r": size, "lora_alpha": alpha,
+                   "base_model_name_or_path": str(base),
+                   "token_added": getattr(model, "token_added", None)}
+    model.requires_grad_(False)
+    decoder = model.model
+    if kind == "freeze":
+        decoder.layers[-size:].requires_grad_(True)
+        decoder.norm.requires_grad_(True)
+    elif kind == "bitfit":
+        for bias in biases(model):
+            bias.requires_grad_(True)
+    elif kind in ("lora", "qlora"):
+        layer = LoRA if kind == "lora" else QLoRA
+        replace(model, MATRICES, lambda linear: layer(linear, size, alpha))
+    elif kind == "adapter":
+        replace(model, ("o_proj", "down_proj"), lambda linear: Adapter(linear, size))
+        for module in decoder.modules():
+            if isinstance(module, RMSNorm):
+                module.requires_grad_(True)
+    elif kind == "prefix":
+        for block in decoder.layers:
+            block.self_attn.prefix = Prefix(model.config, size)
+    else:
+        decoder.embed_tokens = PromptEmbedding(decoder.embed_tokens, size)
+        decoder.prompt_ids = [model.config.vocab_size + i for i in range(size)]
+    model.to(next(model.parameters()))  # device and dtype of what was added
+
+
+def biases(model) -> list:
+    """Llama has none, which D3 doesn't say where it lists BitFit."""
+    found = [p for name, p in model.named_parameters() if name.endswith(".bias")]
+    if not found:
+        raise SystemExit(f"--tune bitfit trains biases, and this {model.config.model_type} model "
+                         "has none; take lora, or a Qwen2 model")
+    return found
+
+
+def replace(module, names, make):
+    """Puts make(linear) in the place of each linear layer of one of these names."""
+    for path, linear in list(module.named_modules()):
+        above, _, name = path.rpartition(".")
+        if name in names:
+            setattr(module.get_submodule(above), name, make(linear))
+
+
+class Adopted(nn.Linear):
+    """A frozen linear layer's weights, under the same names."""
+
+    def __init__(self, linear):
+        super().__init__(linear.in_features, linear.out_features, device="meta")
+        self.weight = linear.weight
+        self.bias = linear.bias
+
+
+class LoRA(Adopted):
+    """W·x + alpha/rank · B·A·x (Hu et al. 2022) with trained A (rank, in), B (out, rank); B is zero
+    at first. (D4's LoRALayer has no W and transposes A and B: it can't run.)"""
+
+    def __init__(self, linear, rank, alpha):
+        super().__init__(linear)
+        self.lora_A = nn.Linear(self.in_features, rank, bias=False)
+        self.lora_B = nn.Linear(rank, self.out_features, bias=False)
+        nn.init.zeros_(self.lora_B.weight)
+        self.scale = alpha / rank
+        self.on = True
+
+    def forward(self, x):
+        y = self.base(x)
+        if self.on:
+            y = y + self.scale * self.lora_B(self.lora_A(x))
+        return y
+
+    def base(self, x):
+        return F.linear(x, self.weight, self.bias)
+
+    def matrix(self):
+        """W (out, in)."""
+        return self.weight
+
+    def merged(self):
+        """The ordinary layer that computes the same."""
+        change = self.lora_B.weight @ self.lora_A.weight
+        linear = nn.Linear(self.in_features, self.out_features, device="meta")
+        linear.weight = nn.Parameter(self.matrix() + self.scale * change)
+        linear.bias = self.bias
+        return linear
+
+
+@contextmanager
+def untuned(model):
+    """For a while a model with LoRA is its base: its own reference (DPO, PPO). Another model is
+    what it is."""
+    layers = [module for module in model.modules() if isinstance(module, LoRA)]
+    for layer in layers:
+        layer.on = False
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.on = True
+
+
+class QLoRA(LoRA):
+    """LoRA over a W of 4.127 bits a weight (Dettmers et al. 2023), unpacked each time it is used.
+    Its parts are parameters, so that ZeRO-3 splits them too."""
+
+    def __init__(self, linear, rank, alpha):
+        super().__init__(linear, rank, alpha)
+        packed = [nn.Parameter(part, requires_grad=False) for part in quantized(linear.weight)]
+        self.codes, self.scales, self.constants = packed
+        self.weight = None
+
+    def base(self, x):
+        y = FourBit.apply(x, self.codes, self.scales, self.constants, self.out_features)
+        return y if self.bias is None else y + self.bias
+
+    def matrix(self):
+        shape = self.out_features, self.in_features
+        return unpacked(self.codes, self.scales, self.constants, shape)
+
+
+class FourBit(torch.autograd.Function):
+    """x · Wᵀ. Backward unpacks W a second time: to keep it would take what was saved."""
+
+    @staticmethod
+    def forward(ctx, x, codes, scales, constants, rows):
+        ctx.save_for_backward(codes, scales, constants)
+        ctx.shape = rows, x.shape[-1]
+        return x @ unpacked(codes, scales, constants, ctx.shape).to(x.dtype).T
+
+    @staticmethod
+    def backward(ctx, grad):
+        W = unpacked(*ctx.saved_tensors, ctx.shape)
+        return grad @ W.to(grad.dtype), None, None, None, None
+
+
+BLOCK, GROUP = 64, 256  # weights that share a scale, scales that share a constant
+
+
+def normal_float() -> torch.Tensor:
+    """NormalFloat-4: 16 values from -1 to 1 that normal numbers fall between about equally often;
+    seven quantiles below zero, zero, eight above."""
+    levels = [torch.linspace(0.9677083, 0.5, n + 1, dtype=torch.float64) for n in (7, 8)]
+    below, above = map(torch.special.ndtri, levels)  # each ends with 0
+    values = torch.cat([-below, above[:-1].flip(0)])
+    return (values / values.max()).float()
+
+
+def in_rows(flat, size):
+    """(n,) → (rows, size), the last row filled up with zeros."""
+    return F.pad(flat, (0, -len(flat) % size)).view(-1, size)
+
+
+def quantized(weight):
+    """A matrix as bytes: codes of 4 bits, two a byte; scales of 8 bits, the largest of each block;
+    a constant in fp32, the largest scale of each group: the double quantization. (The paper takes
+    the scales' mean off first.)"""
+    blocks = in_rows(weight.detach().float().flatten(), BLOCK)
+    largest = blocks.abs().amax(1).clamp(min=1e-12)
+    values = normal_float()
+    between = (values[1:] + values[:-1]) / 2
+    codes = torch.bucketize(blocks / largest[:, None], between).byte()
+    groups = in_rows(largest, GROUP)
+    constants = groups.amax(1)
+    scales = (groups / constants[:, None] * 255).round().byte()
+    pairs = 16 * codes[:, ::2] + codes[:, 1::2]
+    return pairs.flatten(), scales.flatten(), constants.view(torch.uint8)
+
+
+def unpacked(codes, scales, constants, shape):
+    """The matrix of this shape again, in fp32."""
+    values = normal_float().to(codes.device)
+    pairs = torch.stack([values.repeat_interleave(16), values.repeat(16)], 1)  # of each byte
+    blocks = F.embedding(codes.int(), pairs).view(-1, BLOCK)
+    largest = scales.view(-1, GROUP) * (constants.view(torch.float32) / 255)[:, None]
+    each = largest.view(-1, 1)[: len(blocks)]
+    flat = (blocks * each).flatten()
+    return flat[: math.prod(shape)].view(shape)
+
+
+class Adapter(Adopted):
+    """y + up(gelu(down(y))) behind y = W·x; up is zero at first."""
+
+    def __init__(self, linear, size):
+        super().__init__(linear)
+        self.down = nn.Linear(self.out_features, size)
+        self.up = nn.Linear(size, self.out_features)
+        nn.init.zeros_(self.up.weight)
+        nn.init.zeros_(self.up.bias)
+
+    def forward(self, x):
+        y = super().forward(x)
+        return y + self.up(F.gelu(self.down(y)))
+
+
+class Prefix(nn.Module):
+    """A layer's learned keys and values (1, K, n, D), without positions (Li & Liang 2021; D4 4.3).
+    They have a softmax of their own and a gate a head, zero at first (Zhang et al. 2023); in the
+    paper they share the others' softmax, and the start is not the base."""
+
+    def __init__(self, config, size):
+        super().__init__()
+        shape = 1, config.num_key_value_heads, size, config.head_dim
+        self.keys = nn.Parameter(torch.randn(shape))
+        self.values = nn.Parameter(torch.randn(shape))
+        self.gate = nn.Parameter(torch.zeros(config.num_attention_heads, 1, 1))
+
+    def forward(self, q):
+        """q (B, H, T, D), not rotated → what attention's result gets besides (B, H, T, D)."""
+        return self.gate * attention_formula(q, self.keys, self.values, 0.0)
+
+
+class PromptEmbedding(nn.Embedding):
+    """The learned embeddings have the ids from V on; at first they are those of random tokens."""
+
+    def __init__(self, embedding, size):
+        super().__init__(*embedding.weight.shape, device="meta")
+        self.weight = embedding.weight
+        self.prompt = nn.Parameter(self.weight[torch.randint(self.num_embeddings, (size,))].clone())
+
+    def forward(self, ids):
+        V = self.num_embeddings
+        tokens = F.embedding(ids.clamp(max=V - 1), self.weight)
+        learned = F.embedding((ids - V).clamp(min=0), self.prompt)
+        return torch.where(ids[..., None] < V, tokens, learned)
+
+
 # ==== generation
 
 class KVCache:
@@ -394,6 +658,7 @@ def generate_steps(model, prompts, max_new_tokens, end_id, temperature, top_p, s
     """
     first = next(model.parameters())
     context = model.config.max_position_embeddings
+    prompts = [model.model.prompt_ids + list(prompt) for prompt in prompts]
     tokens, pad = left_padded(prompts, context)  # (B, T), (B,)
     cache = KVCache(model.config, pad, first)
     # Not torch.multinomial, which draws for all rows from one generator: what a prompt is answered
@@ -531,9 +796,10 @@ def read_safetensors(path) -> dict[str, torch.Tensor]:
 
 
 def save_model(folder, model, tensors=None, write: bool = True, tokenizer=None):
-    """Writes config.json and model.safetensors as Hugging Face does. tensors: (name, full tensor)
-    in the order of model.named_parameters(), where the model's own are not whole: under ZeRO.
-    tokenizer: to be saved beside it."""
+    """Writes config.json and model.safetensors as Hugging Face does; of a model with LoRA or other
+    parts beside its base these alone, as PEFT does. tensors: (name, full tensor) in the order of
+    model.named_parameters(), where the model's own are not whole: under ZeRO. tokenizer: to be
+    saved beside it."""
     parameters = dict(model.named_parameters())
     tensors = parameters.items() if tensors is None else tensors
     if not write:  # all processes must ask for a tensor to gather it, although one writes (zero.py)
@@ -542,6 +808,10 @@ def save_model(folder, model, tensors=None, write: bool = True, tokenizer=None):
         return
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
+    if tokenizer:
+        tokenizer.save(folder, model.config.max_position_embeddings)
+    if getattr(model, "tuned", {}).get("tune") in ADDING:
+        return save_added(folder, model, tensors)
     dtype = next(iter(parameters.values())).dtype
     scalar = isinstance(model, ScalarModel)
     task = "ForSequenceClassification" if scalar else "ForCausalLM"
@@ -552,11 +822,28 @@ def save_model(folder, model, tensors=None, write: bool = True, tokenizer=None):
         entries["num_labels"] = 1
     if tokenizer:
         entries |= tokenizer.marks()
-        tokenizer.save(folder, model.config.max_position_embeddings)
-    with written_whole(folder / "config.json") as file:
-        file.write(json.dumps(entries, indent=2).encode())
+    write_object(folder / "config.json", entries)
     shapes = {name: tuple(p.shape) for name, p in parameters.items()}
     write_safetensors(folder / "model.safetensors", shapes, dtype, tensors)
+    (folder / "adapter_config.json").unlink(missing_ok=True)  # of an earlier run
+
+
+def save_added(folder, model, tensors):
+    """Writes what is trained beside a frozen base, as PEFT does: adapter_config.json, which names
+    the base's folder, and adapter_model.safetensors."""
+    added = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    dtype = next(iter(added.values())).dtype
+    shapes = {PEFT_PREFIX + name: tuple(p.shape) for name, p in added.items()}
+    found = ((PEFT_PREFIX + name, tensor) for name, tensor in tensors if name in added)
+    write_safetensors(folder / "adapter_model.safetensors", shapes, dtype, found)
+    matrices = {name.split(".")[-3] for name in added if "lora_A" in name}
+    write_object(folder / "adapter_config.json", model.tuned | {
+        "peft_type": "LORA", "task_type": "CAUSAL_LM", "target_modules": sorted(matrices)})
+
+
+def write_object(path, entries: dict):
+    with written_whole(path) as file:
+        file.write(json.dumps(entries, indent=2).encode())
 
 
 def read_object(path) -> dict:
@@ -571,6 +858,9 @@ def weight_files(folder) -> list[Path]:
     """The files that hold a folder's weights: model.safetensors or, of a large model, what its
     index names, and nothing that lies beside; one line if there are none or one is missing."""
     folder = Path(folder)
+    if (folder / "adapter_config.json").exists():
+        base = read_object(folder / "adapter_config.json")["base_model_name_or_path"]
+        return [*weight_files(base), folder / "adapter_model.safetensors"]
     files = [folder / "model.safetensors"]
     index = folder / "model.safetensors.index.json"
     if index.exists() and not files[0].exists():  # transformers' order, too
@@ -622,7 +912,9 @@ def load_model(folder, kind=CausalLM, device="cpu", dtype=torch.float32):
     folder (the reward model from SFT) drops its head and keeps its own zero head; any other
     missing, misshapen or surplus weight ends with one line that names it. Beside the model no more
     than the file's mapped pages are in memory, which the system takes back when it needs them."""
-    with torch.device("meta"), Shapes():
+    if (Path(folder) / "adapter_config.json").exists():
+        return load_added(Path(folder), kind, device, dtype)
+    with torch.device("meta"):  # shapes
         model = kind(load_config(folder))
     weights = {}
     if kind is ScalarModel:
@@ -645,13 +937,44 @@ def load_model(folder, kind=CausalLM, device="cpu", dtype=torch.float32):
 
 def add_token(model: ScalarModel, token: int) -> str:
     """Gives the first token behind those in use their mean embedding: its row is a spare one, which
-    was never trained, or where there is none a new one. Returns which."""
+    was never trained, or where there is none a new one. Returns a line that says so."""
     embedding = model.model.embed_tokens
     rows = embedding.weight.detach()
     mean = rows[:token].mean(0, keepdim=True)
     embedding.weight = nn.Parameter(torch.cat([rows[:token], mean, rows[token + 1 :]]))
     model.config.vocab_size = embedding.num_embeddings = len(embedding.weight)
-    return "a spare" if token < len(rows) else "a new"
+    model.token_added = token
+    row = "a spare" if token < len(rows) else "a new"
+    return f"token {token} gets {row} row of the embedding, the mean of the rows before it"
+
+
+def load_added(folder, kind, device, dtype):
+    """A base with what tuning has added (by us, or LoRA by PEFT): LoRA merged into its weights,
+    another kind beside them."""
+    path = folder / "adapter_config.json"
+    entries = read_object(path)
+    tuned = entries.get("tune", "lora")
+    unknown = [key for key in ("use_dora", "use_rslora", "rank_pattern", "alpha_pattern",
+                               "modules_to_save", "fan_in_fan_out") if entries.get(key)]
+    if entries.get("peft_type") != "LORA" or unknown:
+        raise SystemExit(f"{path}: only plain LoRA of PEFT is built, not "
+                         f"{', '.join(unknown) or entries.get('peft_type')}; merge it there")
+    base = entries["base_model_name_or_path"]
+    model = load_model(base, kind, device, dtype)
+    if entries.get("token_added"):
+        add_token(model, entries["token_added"])
+    tune(model, tuned, entries["r"], entries["lora_alpha"], base)
+    parameters = dict(model.named_parameters())
+    for name, tensor in read_safetensors(folder / "adapter_model.safetensors").items():
+        parameter = parameters.get(name.removeprefix(PEFT_PREFIX))
+        if parameter is None or parameter.shape != tensor.shape:
+            raise SystemExit(f"{folder}: {name} {tuple(tensor.shape)} has no place in {base}")
+        parameter.data.copy_(tensor)
+    if tuned in ("lora", "qlora"):
+        with torch.no_grad():
+            replace(model, MATRICES, lambda layer: layer.merged())
+        del model.tuned
+    return model.requires_grad_(True)
 
 
 # ==== command line
@@ -694,7 +1017,20 @@ def chat(model, data, args):
             return
 
 
+def merge(data, argv):
+    """Writes a folder with LoRA as an ordinary one."""
+    parser = argparse.ArgumentParser("model.py merge", description="Merge LoRA into its base.")
+    parser.add_argument("folder", help="what a run with --tune lora or qlora left")
+    parser.add_argument("--out", required=True, help="folder to write")
+    args = parser.parse_args(argv)
+    model = load_model(args.folder)
+    tune(model, "full", 0, 0.0)  # refuses what can't be merged
+    save_model(args.out, model, tokenizer=data.Tokenizer.load(args.folder))
+
+
 def main(data):
+    if sys.argv[1:2] == ["merge"]:
+        return merge(data, sys.argv[2:])
     parser = argparse.ArgumentParser(description="Chat with a checkpoint, or list the presets.")
     add = parser.add_argument
     add("folder", nargs="?", help="folder of a checkpoint, such as out/sft; none: the presets")

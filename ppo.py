@@ -19,6 +19,7 @@ Expect: first ratio 1 and first KL 0; the score rises while KL stays below a nat
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
@@ -26,9 +27,10 @@ import torch.distributed as dist
 
 from data import Tokenizer, collate, epoch_rows, gold_score, my_micro_batches, pad_rows
 from data import read_prompts, render
-from model import ScalarModel, generate, load_model, save_model, token_logprobs, weight_files
+from model import CausalLM, ScalarModel, generate, load_model, save_model, token_logprobs
+from model import tune, untuned, weight_files
 from zero import AdamW, Run, RunConfig, Sharded, all_sum, everywhere, keyed_seed, launch, lr_at
-from zero import print0, setup
+from zero import print0, print_held, setup
 
 
 @dataclass
@@ -53,6 +55,9 @@ class Config(RunConfig):
     gamma: float = 1.0  # discount per token
     lam: float = 0.95  # GAE's λ
     missing_end_score: float = -1.0  # normalized score of a reply that did not end
+    tune: Literal["full", "lora"] = "full"  # what is trained: everything, or LoRA's matrices
+    tune_size: int = 8  # LoRA's rank
+    alpha: float = 16.0  # LoRA's change is scaled by alpha / tune-size
 
 
 # ================================================================================ the algorithm
@@ -163,7 +168,8 @@ def score_replies(reward, rollouts, norm, tokenizer, cfg, device) -> list[float]
     for part, members in in_parts(rollouts, cfg):
         rows = [r.query + r.response + tail for r in members] or [tail]
         input_ids, lengths = pad_rows(rows, tokenizer.pad)
-        scores = reward.model.last(input_ids.to(device), lengths.to(device))
+        with untuned(reward.model):
+            scores = reward.model.last(input_ids.to(device), lengths.to(device))
         mine |= zip(part, scores.tolist())
     raw = everywhere(mine)
     scores = []
@@ -180,9 +186,11 @@ def experience(policy, value, reference, reward, rollouts, norm, tokenizer, cfg,
     for part, members in in_parts(rollouts, cfg):
         sizes = [len(r.response) for r in members]
         said = []
-        for sharded in (policy, value, reference):
-            tokens = response_tokens(sharded.model, members, tokenizer, device)
-            said.append(tokens.cpu().split(sizes))
+        for sharded in (policy, value):
+            said.append(response_tokens(sharded.model, members, tokenizer, device))
+        with untuned(reference.model):
+            said.append(response_tokens(reference.model, members, tokenizer, device))
+        said = [tokens.cpu().split(sizes) for tokens in said]
         mine |= zip(part, zip(*said))
     everyone = everywhere(mine)
     scores = score_replies(reward, rollouts, norm, tokenizer, cfg, device)
@@ -277,21 +285,25 @@ def summary(rollouts) -> dict:
 # ================================================================================ the script
 
 def open_models(cfg, device, dtype) -> dict:
-    """The four models by name; each is printed with what it holds here."""
+    """The four models by name; each is printed with what it holds here. With LoRA two are enough:
+    the policy's base is the reference, the value model's base the reward model."""
     place = (cfg.zero, dtype, device)
-    options = {"weight_decay": cfg.weight_decay, "grad_clip": cfg.grad_clip,
-               "offload": cfg.offload}
-    models = {
-        "policy": AdamW(load_model(cfg.init), *place, **options),
-        "value": AdamW(load_model(cfg.reward, ScalarModel), *place, **options),
-        "reference": Sharded(load_model(cfg.init).requires_grad_(False), *place),
-        "reward": Sharded(load_model(cfg.reward, ScalarModel).requires_grad_(False), *place)}
-    for name, sharded in models.items():
-        sharded.model.model.activation_checkpointing = cfg.checkpointing
-        size = sharded.model.config.num_parameters()
-        held = sum(sharded.live_bytes().values())
-        what = "trained" if isinstance(sharded, AdamW) else "frozen"
-        print0(f"{name:<10} {size:>12,} parameters, {what:<8} {held:>14,} bytes here")
+    models = {}
+    for name, folder, kind in (
+            ("policy", cfg.init, CausalLM), ("value", cfg.reward, ScalarModel)):
+        model = load_model(folder, kind)
+        tune(model, cfg.tune, cfg.tune_size, cfg.alpha, folder)
+        model.model.activation_checkpointing = cfg.checkpointing
+        models[name] = AdamW(model, *place, weight_decay=cfg.weight_decay, grad_clip=cfg.grad_clip,
+                             offload=cfg.offload)
+        frozen = {"policy": "reference", "value": "reward"}[name]
+        print_held(name, models[name])
+        if cfg.tune == "full":
+            models[frozen] = Sharded(load_model(folder, kind).requires_grad_(False), *place)
+            print_held(frozen, models[frozen])
+        else:
+            models[frozen] = models[name]
+            print0(f"{frozen:<10} is the {name} model without its LoRA: no bytes")
     return models
 
 
@@ -376,11 +388,15 @@ def main(cfg):
 
     # 4. judge: replies to the held-out prompts
     result = {}
-    for name, model in (("before", models["reference"]), ("after", policy)):
-        if held:
-            print0(f"replies {name}, with their scores:")
-            found = judged(model, records[trained:], models["reward"], norm, tokenizer, cfg, device)
-            result |= {f"{key} {name}": number for key, number in found.items()}
+    asked = (records[trained:], models["reward"], norm, tokenizer, cfg, device)
+    if held:
+        print0("replies before, with their scores:")
+        with untuned(models["reference"].model):
+            before = judged(models["reference"], *asked)
+        print0("replies after, with their scores:")
+        after = judged(policy, *asked)
+        result = {f"{key} before": number for key, number in before.items()}
+        result |= {f"{key} after": number for key, number in after.items()}
     # 5. save
     save_model(cfg.out, policy.model, policy.full_parameters(), dist.get_rank() == 0, own)
     run.finish(**result)

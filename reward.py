@@ -18,6 +18,7 @@ import sys
 from collections import Counter, defaultdict
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
@@ -27,10 +28,10 @@ import torch.nn.functional as F
 from data import MORAL, Tokenizer, collate, epoch_rows, fit, gold_score, judge, my_micro_batches
 from data import pad_rows, read_comparisons, read_json, read_prompts, read_texts, render
 from data import write_jsonl, write_text
-from model import ScalarModel, add_token, generate, load_model, save_model, token_logprobs
+from model import ScalarModel, add_token, generate, load_model, save_model, token_logprobs, tune
 from model import weight_files
 from zero import AdamW, BaseConfig, Run, RunConfig, Sharded, all_sum, everywhere, keyed_seed, launch
-from zero import lr_at, print0, setup
+from zero import lr_at, print0, print_held, setup
 
 GREEDY = -1  # the number of a greedy reply; samples are counted from 0
 
@@ -135,6 +136,9 @@ class Config(RunConfig):
     epochs: float = 3.0  # passes over the prompts
     batch_size: int = 16  # prompts per optimizer step over all processes, each with all its replies
     lr: float = 3e-4  # peak learning rate, after warmup
+    tune: Literal["full", "lora"] = "full"  # what is trained: everything, or LoRA's matrices
+    tune_size: int = 8  # LoRA's rank
+    alpha: float = 16.0  # LoRA's change is scaled by alpha / tune-size
     steps: int = 0  # optimizer steps; 0: as many as --epochs makes
 
 
@@ -245,12 +249,12 @@ def main(cfg):
     # 2. model: SFT's, with a head of zeros
     model = load_model(cfg.init, ScalarModel)
     if "<|reward|>" not in own.ids:
-        row = add_token(model, own.vocab_size)
-        print0(f"{cfg.init}: no <|reward|> in its tokenizer; it becomes token {own.vocab_size}, "
-               f"{row} row of the embedding, set to the mean of the rows before it")
+        print0(f"{cfg.init} has no <|reward|>: {add_token(model, own.vocab_size)}")
+    tune(model, cfg.tune, cfg.tune_size, cfg.alpha, cfg.init)
     model.model.activation_checkpointing = cfg.checkpointing
     optimizer = AdamW(model, cfg.zero, dtype, device, weight_decay=cfg.weight_decay,
                       grad_clip=cfg.grad_clip, offload=cfg.offload)
+    print_held("model", optimizer)
 
     # 3. loop
     for step in range(run.resume(model=optimizer), steps):

@@ -20,8 +20,9 @@ import torch.distributed as dist
 
 from data import Tokenizer, Tokens, collate, epoch_rows, my_micro_batches, read_conversations
 from data import read_prompts, render, show
-from model import generate, load_model, save_model, token_logprobs, weight_files
-from zero import AdamW, Run, RunConfig, all_sum, launch, lr_at, prepared, print0, setup
+from model import Tuning, generate, load_model, save_model, token_logprobs, tune, weight_files
+from zero import AdamW, Run, RunConfig, all_sum, launch, lr_at, prepared, print0, print_held
+from zero import setup
 
 
 @dataclass
@@ -41,6 +42,9 @@ class Config(RunConfig):
     steps: int = 0  # optimizer steps; 0: as many as --epochs makes
     batch_size: int = 64  # conversations per optimizer step over all processes
     lr: float = 1.4e-3  # peak learning rate, after warmup
+    tune: Tuning = "full"  # what is trained: model.py's `tune` explains each
+    tune_size: int = 8  # LoRA's rank; an adapter's width; learned tokens; last blocks (freeze)
+    alpha: float = 16.0  # LoRA's change is scaled by alpha / tune-size
 
 
 def read_rows(paths, tokenizer, cfg) -> list[tuple[list[int], list[int]]]:
@@ -148,9 +152,11 @@ def main(cfg):
 
     # 2. model
     model = load_model(cfg.init)
+    tune(model, cfg.tune, cfg.tune_size, cfg.alpha, cfg.init)
     model.model.activation_checkpointing = cfg.checkpointing
     optimizer = AdamW(model, cfg.zero, dtype, device, weight_decay=cfg.weight_decay,
                       grad_clip=cfg.grad_clip, offload=cfg.offload)
+    print_held("model", optimizer)
 
     # 3. loop
     for step in range(run.resume(model=optimizer), steps):

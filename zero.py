@@ -196,7 +196,9 @@ class Unit:
     def __init__(self, name, parameters, sharded):
         self.name = name
         self.trainable = parameters[0].requires_grad
-        initial = self.flatten(parameters, sharded.dtype, sharded.device)
+        floating = parameters[0].is_floating_point()  # else bytes of packed weights
+        dtype = sharded.dtype if floating else parameters[0].dtype
+        initial = self.flatten(parameters, dtype, sharded.device)
         rank, world = dist.get_rank(), dist.get_world_size()
         first, parts = (rank, world) if sharded.split_state else (0, 1)
         part = len(self.flat) // parts
@@ -279,7 +281,7 @@ class Unit:
         wait(self.filling)
         # A weight used by mistake while it is away must be noticed. What stands in for it has the
         # right shape and one element's memory: NaN, so that the loss becomes NaN.
-        hole = self.flat.new_full((), math.nan)
+        hole = self.flat.new_full((), math.nan if self.flat.is_floating_point() else 0)
         for p in self.places:
             p.data = hole.expand(p.shape)
         self.shown = False
@@ -291,12 +293,11 @@ class Unit:
 
 
 def named_units(module, path="", whole=False):
-    """(module, path, [parameters]) of each unit: every element of a ModuleList whole, every other
-    layer by itself."""
-    own = list(module.parameters(recurse=whole))
-    if own:
-        yield module, path, own
-    if not whole:
+    """(module, path, [parameters]) of each unit: every element of a ModuleList, and every module
+    with parameters of its own, whole: what is in it may need them (LoRA) while it computes."""
+    if list(module.parameters(recurse=whole)):
+        yield module, path, list(module.parameters())
+    elif not whole:
         for name, child in module.named_children():
             within = isinstance(module, nn.ModuleList)
             yield from named_units(child, f"{path}.{name}".lstrip("."), within)
@@ -326,7 +327,9 @@ class Sharded:
             # a tied weight belongs to the layer that names it first
             new = [p for p in parameters if p not in self.owner]
             self.add_unit(path, [p for p in new if p.requires_grad])
-            self.add_unit(f"{path} (frozen)", [p for p in new if not p.requires_grad])
+            frozen = [p for p in new if not p.requires_grad]
+            self.add_unit(f"{path} (frozen)", [p for p in frozen if p.is_floating_point()])
+            self.add_unit(f"{path} (packed)", [p for p in frozen if not p.is_floating_point()])
             if self.split_params:
                 self.watch(module, parameters)
 
@@ -866,6 +869,15 @@ def cpu_cores() -> int:
         if quota > 0:
             cores = min(cores, quota // period)
     return max(1, cores)
+
+
+def print_held(name, sharded):
+    """What a model holds on this rank, trained or not."""
+    parameters = list(sharded.model.parameters())
+    trained = sum(p.numel() for p in parameters if p.requires_grad)
+    held = ", ".join(f"{kind} {n:,}" for kind, n in sharded.live_bytes().items() if n)
+    print0(f"{name:<10} {sharded.model.config.num_parameters():>12,} parameters, "
+           f"{trained:>12,} trained; bytes here: {held}")
 
 
 def print0(*args, **kwargs):

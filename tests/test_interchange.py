@@ -96,7 +96,7 @@ def test_an_open_model_goes_through_every_stage_and_keeps_its_tokenizer(alone, t
         (tmp_path / "open" / name).write_bytes(f"{name}: 糖\r\n".encode())
     stages(tmp_path)
     said = capsys.readouterr().out
-    row = f"it becomes token {own.vocab_size}, a {'spare' if spare else 'new'} row"
+    row = f"token {own.vocab_size} gets a {'spare' if spare else 'new'} row"
     assert row in said and "first KL 0, expected 0; first ratio 1 ± " in said
     for name in ("sft", "ppo", "dpo"):
         assert Tokenizer.load(tmp_path / name).hash == own.hash

@@ -15,11 +15,14 @@ from pathlib import Path
 import pytest
 import torch
 import torch._dynamo  # before there is a process group, which it would keep
+import torch.distributed as dist
 
 import pretrain
 import sft
+import zero
 from data import SPECIALS, Tokenizer, Tokens, epoch_rows, render, show, train_bpe
-from model import CausalLM, ModelConfig, generate, load_config, load_model
+from model import CausalLM, ModelConfig, generate, load_config, load_model, read_safetensors
+from model import save_model, tune
 from tiny import DOCUMENTS, HELD, MORE, OTHER, SHAPE, TALKS, TOK, checkpoint, furnish, logged
 from tiny import mean_nll, nll, tokens_logged, train_plainly, watched, write_jsonl
 
@@ -208,6 +211,84 @@ def test_sft_takes_the_steps_of_a_plain_loop_and_is_judged_on_conversations_it_n
         prompt, _ = render(asked, TOK, cfg.template)
         [reply] = generate(net, [prompt], 64, TOK.ids["<|end|>"], temperature=0)
         compare_words(found, [f"{asked[-1]['content']!r} → {TOK.decode(reply)!r}"])
+
+
+@pytest.fixture(scope="module")
+def with_biases(home):
+    """A base like the other's, with biases to train."""
+    torch.manual_seed(4)
+    net = CausalLM(ModelConfig(TOK.vocab_size, **SHAPE, model_type="qwen2"))
+    for p in net.parameters():
+        torch.nn.init.normal_(p, 1.0 if p.dim() == 1 else 0.0, 0.2)
+    save_model(home / "biases", net, tokenizer=TOK)
+    return home / "biases"
+
+
+@pytest.mark.parametrize("kind, world, stage", [
+    ("lora", 1, 0), ("lora", 2, 1), ("lora", 2, 2), ("lora", 2, 3), ("qlora", 1, 0), ("qlora", 2, 3),
+    ("adapter", 2, 3), ("prefix", 2, 3), ("prompt", 2, 3), ("freeze", 2, 3), ("bitfit", 2, 3)])
+def test_sft_trains_what_tune_says_as_a_plain_loop_does_and_keeps_the_rest(
+        with_biases, home, run, tmp_path, kind, world, stage):
+    cfg = sft.Config(**COMMON, out=str(tmp_path / "out"), zero=stage, init=str(with_biases),
+                     data=f"{home}/talks.jsonl", val_data=f"{home}/held.jsonl", replay="none",
+                     context=40, micro_tokens=60, steps=3, batch_size=5, tune=kind, tune_size=1,
+                     alpha=2.5)
+    cfg = replace(cfg, grad_clip=0.003)
+    rows, held = readable(TALKS, cfg), readable(OTHER, cfg)
+    net = load_model(with_biases, dtype=torch.float64)
+    torch.manual_seed(cfg.seed)
+    tune(net, kind, 1, 2.5, with_biases)
+    frozen = [p.clone() for p in net.parameters() if not p.requires_grad]
+
+    def losses_of(step):
+        batch = [rows[i] for i in epoch_rows(cfg.seed, step, cfg.batch_size, len(rows))]
+        return {"loss": (mean_nll(net, batch), 1.0)}
+
+    found = run(world, "sft", cfg)
+    expected = train_plainly(net, losses_of, cfg, steps=3)
+    for row, right in zip(logged(cfg.out), expected, strict=True):
+        assert {key: row[key] for key in right} == close(right)
+    with torch.no_grad():
+        assert found[0]["result"] == close({"loss": mean_nll(net, held).item()})
+        saved = load_model(cfg.out, dtype=torch.float64)
+        ids = torch.tensor([rows[0][0]])
+        torch.testing.assert_close(saved(ids), net(ids), rtol=0, atol=1e-9)
+    for p, before in zip((p for p in net.parameters() if not p.requires_grad), frozen):
+        assert torch.equal(p, before), "the plain loop itself moved what is frozen"
+    trained = sum(p.numel() for p in net.parameters() if p.requires_grad)
+    assert f"{trained:,} trained" in found[0]["printed"]
+    files = {path.name for path in Path(cfg.out).glob("*.safetensors")}
+    whole = kind in ("freeze", "bitfit")
+    assert files == {"model.safetensors" if whole else "adapter_model.safetensors"}
+
+
+def test_with_lora_a_saved_state_holds_what_is_trained_alone_and_goes_on_from_there(
+        with_biases, home, run, tmp_path, monkeypatch):
+    cfg = sft.Config(**COMMON, init=str(with_biases), data=f"{home}/talks.jsonl", replay="none",
+                     context=40, steps=4, batch_size=5, tune="lora", tune_size=2, save_every=2,
+                     out=str(tmp_path / "whole"))
+    run(1, "sft", cfg)
+    plain_boundary = zero.Run.boundary
+
+    def boundary(self, step, **optimizers):
+        self.stopping = self.first == 0 and step == 1
+        plain_boundary(self, step, **optimizers)
+
+    monkeypatch.setattr(zero.Run, "boundary", boundary)
+    cfg = replace(cfg, out=str(tmp_path / "parts"))
+    with pytest.raises(SystemExit):
+        watched(0, "sft", cfg)
+    [path] = Path(cfg.out).glob("state/*/rank-0.pt")
+    units = torch.load(path)["model"]["units"]
+    assert sorted(units) == ["model.layers.0", "model.layers.1"]
+    sizes = {name: unit["master"].numel() for name, unit in units.items()}
+    per_layer = 2 * (4 * (16 + 16) - 2 * 8 + 3 * (16 + 24))  # q, o; k and v of half the heads; MLP
+    assert set(sizes.values()) == {per_layer}, f"rank · (in + out) a matrix, got {sizes}"
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    watched(0, "sft", cfg)
+    one, two = (read_safetensors(tmp_path / name / "adapter_model.safetensors")
+                for name in ("whole", "parts"))
+    assert one.keys() == two.keys() and all(torch.equal(one[k], two[k]) for k in one)
 
 
 def test_what_is_replayed_is_the_corpus_beside_the_conversations_or_what_is_named(

@@ -21,6 +21,7 @@ import ppo
 import zero
 from data import Tokenizer, epoch_rows, gold_score, render
 from model import CausalLM, ModelConfig, ScalarModel, generate, load_model, save_model
+from model import tune
 from zero import keyed_seed
 
 TOK = Tokenizer.from_merges([])  # bytes
@@ -130,9 +131,18 @@ def losses(r, policy, value):
 
 def adamw(net):
     """torch's, in which matrices alone decay."""
-    groups = [{"params": [p for p in net.parameters() if (p.dim() > 1) == matrix],
+    trained = [p for p in net.parameters() if p.requires_grad]
+    groups = [{"params": [p for p in trained if (p.dim() > 1) == matrix],
                "weight_decay": FLAGS.weight_decay * matrix} for matrix in (True, False)]
     return torch.optim.AdamW(groups, betas=(0.9, 0.95), eps=1e-8)
+
+
+LORA = dict(tune="lora", tune_size=3, alpha=7.5)
+
+
+def with_lora(net, base):
+    tune(net, "lora", LORA["tune_size"], LORA["alpha"], base)
+    return net
 
 
 def moved(net, optimizer, lr):
@@ -154,11 +164,14 @@ def evaluated(net, reward, queries, records):
     return np.mean(scores), np.mean(gold)
 
 
-def plain_ppo(root):
+def plain_ppo(root, lora=False):
     """ppo.main, written for clarity alone. Returns all that is compared."""
     policy, reference = (load_model(root / "sft", dtype=torch.float64) for _ in range(2))
     value, reward = (load_model(root / "reward", ScalarModel, dtype=torch.float64)
                      for _ in range(2))
+    if lora:  # reference and reward model are other models all the same
+        torch.manual_seed(FLAGS.seed)
+        policy, value = with_lora(policy, "sft"), with_lora(value, "reward")
     trained = [(policy, adamw(policy), FLAGS.lr), (value, adamw(value), FLAGS.value_lr)]
     records = [r for r in json.loads((root / "prompts.json").read_text())
                if r.get("answer") != "too long"]
@@ -267,6 +280,16 @@ def test_the_iterations_that_are_compared_meet_every_case(plain):
     assert len(set(plain.evaluation.values())) == 4, "scores and gold move"
 
 
+def held(said) -> dict:
+    """{model: (parameters that are trained, bytes held)} of the lines that tell them."""
+    models = {}
+    for name, trained, kinds in re.findall(
+            r"(\w+) +[\d,]+ parameters, +([\d,]+) trained; bytes here: (.*)", said):
+        sizes = [int(size.replace(",", "")) for size in re.findall(r"[a-z]+ ([\d,]+)", kinds)]
+        models[name] = int(trained.replace(",", "")), sum(sizes)
+    return models
+
+
 def test_whole_iterations_are_those_of_a_plain_loop(plain, alone):
     found, out = run(0, plain.root, "out", dict(checkpointing=True)), plain.root / "out"
     compare(found, plain)
@@ -288,13 +311,33 @@ def test_two_processes_under_zero_3_do_the_same_and_share_the_memory(plain, rank
     for found in both:
         compare(found, plain)
         assert found.calls["Block"] == 1.5 * found.calls["Decoder"], "2 layers and 1, each once"
-    models = re.findall(r"(\w+) +[\d,]+ parameters, (\w+) +([\d,]+) bytes", both[0].said)
-    for name, kind, size in models:
+    models = held(both[0].said)
+    assert list(models) == ["policy", "reference", "value", "reward"]
+    for name, (trained, size) in models.items():
         net = plain.policy if name in ("policy", "reference") else plain.value
-        numbers = 5 if kind == "trained" else 1  # offload: fp64 weights here and in host memory
-        share = numbers * 8 * sum(p.numel() for p in net.parameters()) / 2
-        assert int(size.replace(",", "")) == pytest.approx(share, rel=0.01), (
-            f"{name}: half of {numbers} numbers a weight")
+        weights = sum(p.numel() for p in net.parameters())
+        assert trained == (weights if name in ("policy", "value") else 0)
+        numbers = 5 if trained else 1  # offload: fp64 weights here and in host memory
+        share = numbers * 8 * weights / 2
+        assert size == pytest.approx(share, rel=0.01), f"{name}: half of {numbers} numbers a weight"
+
+
+def test_with_lora_two_models_do_what_four_do(plain, alone, ranks):
+    lora = plain_ppo(plain.root, lora=True)
+    assert lora.evaluation["score before"] != lora.evaluation["score after"]
+    single = run(0, plain.root, "lora", LORA)
+    both = ranks(2, run, plain.root, "lora-2", LORA | dict(zero=3))
+    for found in (single, *both):
+        compare(found, lora)
+    merged = load_model(plain.root / "lora", dtype=torch.float64)
+    ids = torch.tensor([[1, 2, 3, 250, 4]])
+    agree({"logits": merged(ids).detach()}, {"logits": lora.policy(ids).detach()}, "saved policy")
+    models = held(single.said)
+    assert list(models) == ["policy", "value"], "the others are these without their LoRA"
+    for name, net in (("policy", lora.policy), ("value", lora.value)):
+        frozen, added = (sum(p.numel() for p in net.parameters() if p.requires_grad == trained)
+                         for trained in (False, True))
+        assert models[name] == (added, 8 * (frozen + 4 * added)), "a frozen weight is one number"
 
 
 def test_a_run_stopped_half_way_goes_on_as_if_it_had_not(plain, alone, monkeypatch):

@@ -26,6 +26,7 @@ import reward
 import zero
 from data import Tokenizer, epoch_rows, gold_score, read_json, write_jsonl
 from model import CausalLM, ModelConfig, ScalarModel, load_model, read_safetensors, save_model
+from model import tune
 from tiny import shard
 
 TOK = Tokenizer.from_merges([(ord("t"), ord("h")), (256, ord("e"))])  # bytes, "th" and "the"
@@ -131,7 +132,7 @@ def train(model, items, loss, cfg):
     """A step per learning rate, and what each logs. loss(model, item) → (what is minimised,
     {name: what is logged}); all items of a batch count alike. AdamW is the paper's, and only
     matrices decay (torch's own judges zero.py in test_zero.py; it takes a second to load)."""
-    parameters = list(model.parameters())
+    parameters = [p for p in model.parameters() if p.requires_grad]
     moments = {p: (torch.zeros_like(p), torch.zeros_like(p)) for p in parameters}
     for step, lr in enumerate(LRS):
         chosen = epoch_rows(cfg.seed, step, cfg.batch_size, len(items))
@@ -164,7 +165,11 @@ def trains_as_plainly(ranks, folder, command, cfg, model, items, loss, judged, t
         for line, step in zip(lines, steps):
             for name, value in step.items():
                 near(line[name], value, f"{out}: {name} of step {line['step']}", tolerance)
-        for name, tensor in read_safetensors(out / "model.safetensors").items():
+        file = "adapter_model" if cfg.tune == "lora" else "model"
+        saved = read_safetensors(out / f"{file}.safetensors")
+        assert len(saved) == sum(p.requires_grad for p in parameters.values())
+        for name, tensor in saved.items():
+            name = name.removeprefix("base_model.model.")
             near(tensor, parameters[name], f"{out}: the saved {name}")
         for name, value in expected.items():
             near(result[name], value, f"{out}: {name} of what is held out", tolerance)
@@ -247,6 +252,31 @@ def test_the_reward_model_takes_a_plain_loops_steps_on_1_2_and_3_processes(ranks
     assert set(inputs) == {"first.jsonl", "second.jsonl"} | shards
 
 
+def with_lora(model, base, seed):
+    """As the scripts draw it."""
+    torch.manual_seed(seed)
+    tune(model, "lora", 2, 3.0, base)
+    return model
+
+
+def test_a_reward_model_with_lora_takes_a_plain_loops_steps_and_its_head_learns_too(
+        ranks, tmp_path):
+    write_models(tmp_path)
+    write_jsonl(tmp_path / "rows.jsonl", [
+        {"question": question, "kind": kind, "replies": list(labels),
+         "scores": list(labels.values())} for question, kind, labels in RANKED])
+    cfg = reward.Config(init="sft", data="rows.jsonl", micro_tokens=300, **RUN | dict(
+        tune="lora", tune_size=2, alpha=3.0, grad_clip=0.3))
+    model = with_lora(load(tmp_path / "sft", ScalarModel), "sft", cfg.seed)
+    trains_as_plainly(ranks, tmp_path, reward.main, cfg, model, RANKED, preference_loss,
+                      judged_scores)
+    with chdir(tmp_path):  # the base is named as it was given
+        merged = load("out-1", ScalarModel)
+    assert merged.score.weight.abs().max() > 1e-3
+    ids = torch.tensor([asked("which?")])
+    near(merged(ids), model(ids), "the scores of the saved model")
+
+
 # ---------------------------------------------------------------- DPO
 
 
@@ -282,6 +312,27 @@ def test_dpo_takes_a_plain_loops_steps_on_1_2_and_3_processes(ranks, tmp_path):
     result, printed, _ = on(ranks, 1, tmp_path, dpo.main, cfg)
     assert "first loss 0.6931, expected 0.6931" in printed, f"--init is the reference: {printed}"
     near(result["loss"], math.log(2), "nothing is held out: what is trained is judged", 1e-5)
+
+
+def test_dpo_with_lora_is_its_own_reference(ranks, tmp_path):
+    write_models(tmp_path)
+    items = [(question, max(labels, key=labels.get), min(labels, key=labels.get))
+             for question, _, labels in RANKED]
+    write_jsonl(tmp_path / "pairs.jsonl",
+                [dict(zip(("question", "chosen", "rejected"), item)) for item in items])
+    cfg = dpo.Config(init="policy", data="pairs.jsonl", beta=0.3, nll_coef=0.7, micro_tokens=150,
+                     **RUN | dict(tune="lora", tune_size=2, alpha=3.0, grad_clip=2.0))
+    reference = load(tmp_path / "policy")
+
+    def loss(model, item):
+        return dpo_loss(model, item, reference, cfg)
+
+    model = with_lora(load(tmp_path / "policy"), "policy", cfg.seed)
+    trains_as_plainly(ranks, tmp_path, dpo.main, cfg, model, items, loss,
+                      lambda model, items: mean_of([loss(model, item)[1] for item in items]), 1e-5)
+    other = replace(cfg, reference="sft", out="other", steps=1)
+    result, printed, _ = on(ranks, 1, tmp_path, dpo.main, other)
+    assert "first loss" not in printed, "another reference than the start"
 
 
 # ---------------------------------------------------------------- collecting

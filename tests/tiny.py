@@ -158,8 +158,9 @@ def mean_nll(net, rows):
 def train_plainly(net, losses_of, cfg, steps):
     """Trains net on one process, without micro-batches; losses_of(step) is {name: (loss, its
     weight)}. Returns what a script must have logged."""
-    decayed = [p for p in net.parameters() if p.dim() >= 2]
-    vectors = [p for p in net.parameters() if p.dim() < 2]
+    trained = [p for p in net.parameters() if p.requires_grad]
+    decayed = [p for p in trained if p.dim() >= 2]
+    vectors = [p for p in trained if p.dim() < 2]
     optimizer = torch.optim.AdamW(
         [{"params": decayed, "weight_decay": cfg.weight_decay},
          {"params": vectors, "weight_decay": 0.0}], betas=(0.9, 0.95), eps=1e-8)
