@@ -483,13 +483,16 @@ class Tokenizer:
         try:
             beside = [path.with_name(name) for name in SIDE_FILES]
             beside = {file.name: file.read_bytes() for file in beside if file.exists()}
+            json.loads(beside.get("tokenizer_config.json", "{}"))
             return cls(json.loads(read_text(path)), beside)
         except (ValueError, LookupError, TypeError, regex.error) as error:
-            raise SystemExit(f"{path}: not a byte-level BPE tokenizer ({error!r})")
+            raise SystemExit(f"{path}: not a byte-level BPE tokenizer, or broken JSON "
+                             f"in tokenizer_config.json ({error!r})")
 
     def scoring(self):
-        """Its reward model's: the same ids and <|reward|>, where there was none the next id. The
-        post-processor lets other programs end a text with it; none is followed here."""
+        """Its reward model's: the same ids and <|reward|>, where there was none the next id. Other
+        programs are told to end a text with it and by which token to pad: the one that the model's
+        config.json names, for they look for the score before the padding."""
         added = self.spec["added_tokens"]
         token = self.ids.get("<|reward|>", self.vocab_size)
         if token == self.vocab_size:
@@ -499,8 +502,12 @@ class Tokenizer:
         named = {"id": "<|reward|>", "ids": [token], "tokens": ["<|reward|>"]}
         behind = {"type": "TemplateProcessing", "single": [text, last], "pair": [text, pair, last],
                   "special_tokens": {"<|reward|>": named}}
+        told = json.loads(self.beside.get("tokenizer_config.json", "{}"))
+        told |= {"tokenizer_class": "PreTrainedTokenizerFast",  # others leave the new token out
+                 "pad_token": self.bytes_of[self.pad].decode()}
+        beside = {"tokenizer_config.json": json.dumps(told, ensure_ascii=False).encode()}
         return Tokenizer(self.spec | {"added_tokens": added, "post_processor": behind},
-                         self.beside)
+                         self.beside | beside)
 
     def save(self, folder, context: int | None = None):
         """tokenizer.json, and beside it what transformers reads: of a foreign tokenizer the files

@@ -52,6 +52,10 @@ def test_what_we_write_again_holds_the_same_names_shapes_and_bits(folder, tmp_pa
 RUN = dict(batch_size=4, threads=1, device="cpu", dtype="fp32", warmup=0.0)
 
 
+def read(path):
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
 def chatml(folder, spare=0, style="qwen"):
     """The folder of a model as others publish it: ChatML, no <|reward|>, no padding token."""
     tokenizer = Tokenizer(STYLES[style])
@@ -93,7 +97,7 @@ def test_an_open_model_goes_through_every_stage_and_keeps_its_tokenizer(alone, t
     furnish(tmp_path)
     own, net = chatml(tmp_path / "open", spare)
     for name in SIDE_FILES:
-        (tmp_path / "open" / name).write_bytes(f"{name}: 糖\r\n".encode())
+        (tmp_path / "open" / name).write_bytes(f'{{"chat_template": "{name} 糖"}}\r\n'.encode())
     stages(tmp_path)
     said = capsys.readouterr().out
     row = f"token {own.vocab_size} gets a {'spare' if spare else 'new'} row"
@@ -102,8 +106,13 @@ def test_an_open_model_goes_through_every_stage_and_keeps_its_tokenizer(alone, t
         assert Tokenizer.load(tmp_path / name).hash == own.hash
         assert load_model(tmp_path / name).config == net.config
     for name in SIDE_FILES:  # what came from Hugging Face goes back whole
-        for out in ("sft", "reward", "ppo", "dpo"):
-            assert (tmp_path / out / name).read_bytes() == f"{name}: 糖\r\n".encode()
+        for out in ("sft", "ppo", "dpo"):
+            same = (tmp_path / out / name).read_bytes() == (tmp_path / "open" / name).read_bytes()
+            assert same, f"{out}/{name}"
+    told = {"chat_template": "tokenizer_config.json 糖", "pad_token": "<|im_end|>",
+            "tokenizer_class": "PreTrainedTokenizerFast"}
+    assert read(tmp_path / "reward/tokenizer_config.json") == told
+    assert read(tmp_path / "reward/config.json")["pad_token_id"] == own.ids["<|im_end|>"]
     scorer = Tokenizer.load(tmp_path / "reward")
     assert scorer.ids == own.ids | {"<|reward|>": own.vocab_size} and scorer.plain == own.plain
     assert scorer.vocab_size == own.vocab_size + 1
@@ -152,10 +161,6 @@ def test_what_pads_the_rows_changes_no_loss(alone, tmp_path, monkeypatch):
 
 
 # ---------------------------------------------------------------- what transformers reads of ours
-
-
-def read(path):
-    return json.loads(path.read_text(encoding="utf-8"))
 
 
 def test_every_folder_of_ours_says_what_ends_a_text_what_pads_it_and_how_a_chat_is_written(
