@@ -619,7 +619,8 @@ def render(messages, tokenizer, template: str = "chat",
     marks roles by special tokens, which text cannot forge (ours, or the folder's own: ChatML's,
     Llama 3's); "alpaca" is the documents' ### Instruction: text, which text can forge; "none" is
     the bare text; a reply ends with an end token in all. turns "last" trains the last reply only
-    (the way D0 calls unreasonable).
+    (the way D0 calls unreasonable). Left out is what some templates add to the messages: a default
+    system text (SmolLM2), an empty <think> before the last reply alone (Qwen3); Llama 3's trims.
     """
     ids = []
     mask = []
