@@ -93,7 +93,8 @@ def stages(folder):
 
 
 @pytest.mark.parametrize("spare", [0, 3])
-def test_an_open_model_goes_through_every_stage_and_keeps_its_tokenizer(alone, tmp_path, spare, capsys):
+def test_an_open_model_goes_through_every_stage_and_keeps_its_tokenizer(
+        alone, tmp_path, spare, capsys):
     furnish(tmp_path)
     own, net = chatml(tmp_path / "open", spare)
     for name in SIDE_FILES:
