@@ -2,12 +2,13 @@
 
     python model.py            the presets with their sizes (D0 4.2.1, D2 第2节, beside 12·L·C²)
     python model.py out/sft    chat with a checkpoint (--prompt "..." asks once and ends)
+    python model.py out/sft --prompts questions.jsonl --out answers.jsonl
     python model.py merge out/lora --out out/whole    LoRA into the weights of its base
 
 Llama's architecture under Hugging Face's names, so that a checkpoint is an ordinary Hugging Face
 folder: RMSNorm, rotary positions, grouped-query attention, SwiGLU; Qwen2's query-key-value bias and
-Qwen3's query-key norm by `model_type`. Shapes in comments: B rows, T tokens, C = hidden_size,
-H heads, K key-value heads, D head_dim, V vocabulary.
+Qwen3's query-key norm by `model_type`; Mistral is Llama in a context of its window. Shapes in
+comments: B rows, T tokens, C = hidden_size, H heads, K key-value heads, D head_dim, V vocabulary.
 
 The documents draw attention without a causal mask, heads or batch (D4 2.2); here the mask is the
 point: position t reads positions <= t only, which makes next-token prediction an honest task (CLM,
@@ -19,6 +20,7 @@ import json
 import math
 import os
 import sys
+import time
 import unicodedata
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -53,7 +55,7 @@ def round_up(n: int, multiple: int) -> int:
 
 @dataclass
 class ModelConfig:
-    """Hugging Face's names and meanings; `model_type` is "llama", "qwen2" or "qwen3"."""
+    """Hugging Face's names and meanings; `model_type` is "llama", "mistral", "qwen2" or "qwen3"."""
 
     vocab_size: int = 2048
     hidden_size: int = 192
@@ -67,6 +69,9 @@ class ModelConfig:
     rms_norm_eps: float = 1e-5
     tie_word_embeddings: bool = True
     model_type: str = "llama"
+    attention_bias: bool = False  # Llama, Qwen3: of all four projections
+    rope_scaling: dict | None = None  # "rope_type" and its numbers: rope_frequencies
+    eos_token_id: list | None = None  # end a reply beside the tokenizer's end tokens
 
     def __post_init__(self):
         self.head_dim = self.head_dim or self.hidden_size // self.num_attention_heads
@@ -79,8 +84,8 @@ class ModelConfig:
         C, D = self.hidden_size, self.head_dim
         H, K = self.num_attention_heads, self.num_key_value_heads
         attention = 2 * C * D * (H + K)  # queries and output, keys and values
-        if self.model_type == "qwen2":
-            attention += D * (H + 2 * K)  # biases
+        if self.model_type == "qwen2" or self.attention_bias:
+            attention += D * (H + 2 * K) + C * self.attention_bias  # biases
         if self.model_type == "qwen3":
             attention += 2 * D  # norms of queries and keys
         layer = attention + 3 * C * self.intermediate_size + 2 * C  # attention, MLP, two norms
@@ -121,13 +126,50 @@ class RMSNorm(nn.Module):
         return norm(x, self.weight, self.eps)
 
 
-def rope_table(config: ModelConfig) -> tuple[torch.Tensor, torch.Tensor]:
-    """cos and ±sin of position · theta^(-2i/D), each (P, D) for P positions (RoFormer eq. 15)."""
+ROPES = {  # rope_type: its numbers, ... where config.json has to say them
+    "default": {},
+    "linear": {"factor": ...},  # arXiv 2306.15595
+    "llama3": {"factor": ..., "original_max_position_embeddings": ..., "low_freq_factor": ...,
+               "high_freq_factor": ...},
+    "yarn": {"factor": ..., "original_max_position_embeddings": ..., "beta_fast": 32,
+             "beta_slow": 1, "attention_factor": None}}  # arXiv 2309.00071
+
+
+def rope_frequencies(config: ModelConfig) -> tuple[torch.Tensor, float]:
+    """theta^(-2i/D), (D/2,), and what cos and sin are multiplied by. For a context `factor` times
+    as long as the one trained on, the slow ones are divided by it, the fast ones are not: fast by
+    how often they turn in that context (Llama 3), by a ramp over i (YaRN), or none (linear)."""
     D = config.head_dim
     frequencies = config.rope_theta ** (-torch.arange(0, D, 2).double() / D)
+    rope = config.rope_scaling
+    if not rope:
+        return frequencies, 1.0
+    slow = frequencies / rope["factor"]
+    if rope["rope_type"] == "linear":
+        return slow, 1.0
+    scale = 1.0
+    turns = rope["original_max_position_embeddings"] / (2 * math.pi)  # of the fastest
+    if rope["rope_type"] == "llama3":
+        low = rope["low_freq_factor"]
+        fast = (turns * frequencies - low) / (rope["high_freq_factor"] - low)
+    else:
+        per_log = D / 2 / math.log(config.rope_theta)  # pair i turns theta^(-2i/D) as often
+        first = max(math.floor(per_log * math.log(turns / rope["beta_fast"])), 0)
+        last = min(math.ceil(per_log * math.log(turns / rope["beta_slow"])), D - 1)
+        fast = 1 - (torch.arange(D // 2) - first).double() / max(last - first, 0.001)
+        scale = rope["attention_factor"]
+        if scale is None:
+            scale = 1 + 0.1 * math.log(max(rope["factor"], 1))
+    fast = fast.clamp(0, 1)
+    return frequencies * fast + slow * (1 - fast), scale
+
+
+def rope_table(config: ModelConfig) -> tuple[torch.Tensor, torch.Tensor]:
+    """cos and ±sin of position · frequency, each (P, D) for P positions (RoFormer eq. 15)."""
+    frequencies, scale = rope_frequencies(config)
     positions = torch.arange(round_up(config.max_position_embeddings, 8))  # as batches are padded
     angles = positions.double()[:, None] * frequencies  # (P, D/2)
-    cos, sin = angles.cos(), angles.sin()
+    cos, sin = angles.cos() * scale, angles.sin() * scale
     return torch.cat([cos, cos], -1), torch.cat([-sin, sin], -1)
 
 
@@ -155,12 +197,12 @@ class Attention(nn.Module):
         super().__init__()
         C, D = config.hidden_size, config.head_dim
         H, K = config.num_attention_heads, config.num_key_value_heads
-        bias = config.model_type == "qwen2"
+        bias = config.model_type == "qwen2" or config.attention_bias
         self.head_dim = D
         self.q_proj = nn.Linear(C, H * D, bias=bias)
         self.k_proj = nn.Linear(C, K * D, bias=bias)
         self.v_proj = nn.Linear(C, K * D, bias=bias)
-        self.o_proj = nn.Linear(H * D, C, bias=False)
+        self.o_proj = nn.Linear(H * D, C, bias=config.attention_bias)
         if config.model_type == "qwen3":
             self.q_norm = RMSNorm(D, config.rms_norm_eps)
             self.k_norm = RMSNorm(D, config.rms_norm_eps)
@@ -817,6 +859,7 @@ def save_model(folder, model, tensors=None, write: bool = True, tokenizer=None):
     task = "ForSequenceClassification" if scalar else "ForCausalLM"
     entries = asdict(model.config) | {
         "torch_dtype": str(dtype).removeprefix("torch."), "hidden_act": "silu",
+        "sliding_window": None,  # of a Mistral that says nothing it would be 4096
         "architectures": [model.config.model_type.capitalize() + task]}
     if scalar:
         entries["num_labels"] = 1
@@ -856,7 +899,7 @@ def read_object(path) -> dict:
 
 def weight_files(folder) -> list[Path]:
     """The files that hold a folder's weights: model.safetensors or, of a large model, what its
-    index names, and nothing that lies beside; one line if there are none or one is missing."""
+    index names, and nothing that lies beside; one line if one is missing."""
     folder = Path(folder)
     if (folder / "adapter_config.json").exists():
         base = read_object(folder / "adapter_config.json")["base_model_name_or_path"]
@@ -864,30 +907,43 @@ def weight_files(folder) -> list[Path]:
     files = [folder / "model.safetensors"]
     index = folder / "model.safetensors.index.json"
     if index.exists() and not files[0].exists():  # transformers' order, too
-        names = read_object(index).get("weight_map", {}).values()
-        files = sorted({folder / name for name in names})
-        for file in files:
-            if not file.exists():
-                raise SystemExit(f"{file}: no such file, but {index.name} names it; copy it again")
-    if not files or not files[0].exists():
-        raise SystemExit(f"{folder}: holds no model.safetensors; was its training finished?")
+        shards = read_object(index).get("weight_map", {}).values()
+        files = [folder / name for name in sorted(set(shards))]
+    for file in files:
+        if not file.exists():
+            raise SystemExit(f"{folder}: holds no {file.name}; was its training or copy finished?")
     return files
 
 
+def read_rope(raw: dict, path) -> dict:
+    """rope_theta and rope_scaling of a config.json: the latter as transformers 4 writes it, or 5
+    (rope_parameters). It must say all that its type needs, and nothing else."""
+    rope = {"rope_theta": raw.get("rope_theta") or 10000.0}
+    rope |= raw.get("rope_scaling") or raw.get("rope_parameters") or {}
+    kind = rope.pop("rope_type", rope.pop("type", "default"))
+    theta = rope.pop("rope_theta")
+    numbers = ROPES.get(kind, {kind: ...})
+    rope = numbers | {name: value for name, value in rope.items() if value is not None}
+    wrong = [name for name, value in rope.items() if value is ... or name not in numbers]
+    if wrong:
+        raise SystemExit(f"{path}: rope_type {kind!r} is not one of {', '.join(ROPES)}, or it "
+                         f"lacks or has what it should not: {', '.join(wrong)}")
+    return {"rope_theta": theta, "rope_scaling": {"rope_type": kind, **rope} if rope else None}
+
+
 def load_config(folder) -> ModelConfig:
-    """Reads config.json of a Llama, Qwen2 or Qwen3 folder, as transformers 4 or 5 writes it."""
+    """Reads config.json of a Llama, Mistral, Qwen2 or Qwen3 folder, as transformers 4 or 5 writes
+    it; what would change the logits and is not built ends with one line that names it."""
     path = Path(folder) / "config.json"
     if not path.exists():
         raise SystemExit(f"{path}: no such file; pass the folder of a checkpoint, such as out/base")
     raw = read_object(path)
     kind = raw.get("model_type")
-    if kind not in ("llama", "qwen2", "qwen3"):
-        raise SystemExit(f"{path}: model_type {kind!r} is not one of llama, qwen2, qwen3")
-    rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}  # of version 5, of 4
-    scaled = rope.get("rope_type", rope.get("type", "default")) != "default"
-    if scaled or raw.get("use_sliding_window") or raw.get("hidden_act", "silu") != "silu":
-        raise SystemExit(f"{path}: scaled rotary positions, sliding windows and activations other "
-                         "than silu are not built; choose another model")
+    if kind not in ("llama", "mistral", "qwen2", "qwen3"):
+        raise SystemExit(f"{path}: model_type {kind!r} is not one of llama, mistral, qwen2, qwen3")
+    for name, built in (("hidden_act", "silu"), ("mlp_bias", False), ("partial_rotary_factor", 1)):
+        if raw.get(name, built) not in (built, None):
+            raise SystemExit(f"{path}: {name} {raw[name]} is not built; choose another model")
     known = {k: raw[k] for k in ModelConfig.__dataclass_fields__ if raw.get(k) is not None}
     needed = {"vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
               "num_attention_heads", "max_position_embeddings"}
@@ -895,8 +951,18 @@ def load_config(folder) -> ModelConfig:
         raise SystemExit(f"{path}: lacks {', '.join(sorted(needed - known.keys()))}")
     # what transformers takes where a file says nothing
     implied = {"num_key_value_heads": raw["num_attention_heads"], "rms_norm_eps": 1e-6,
-               "rope_theta": rope.get("rope_theta", 10000.0), "tie_word_embeddings": False}
-    return ModelConfig(**implied | known)
+               "tie_word_embeddings": False}
+    config = ModelConfig(**implied | known | read_rope(raw, path))
+    config.attention_bias &= kind in ("llama", "qwen3")  # the others' code doesn't look at it
+    if kind == "mistral" or raw.get("use_sliding_window"):
+        # a window hides nothing from a sequence that is not longer
+        window = raw.get("sliding_window", 4096) or math.inf
+        config.max_position_embeddings = min(config.max_position_embeddings, window)
+    generation = path.with_name("generation_config.json")
+    ends = read_object(generation).get("eos_token_id") if generation.exists() else None
+    ends = raw.get("eos_token_id") if ends is None else ends
+    config.eos_token_id = None if ends is None else np.ravel(ends).tolist()
+    return config
 
 
 class Shapes(torch.overrides.TorchFunctionMode):
@@ -979,16 +1045,39 @@ def load_added(folder, kind, device, dtype):
 
 # ==== command line
 
+def fitted(messages, tokenizer, data, args, room):
+    """The ids of a conversation, and how many exchanges, the oldest, had to be left out for it to
+    fit into `room` tokens: never the system message, never the newest question."""
+    forgotten = 0
+    if "<|end|>" in tokenizer.ids:  # one of ours: the form of the cleaned text it has learned
+        messages = [message | {"content": unicodedata.normalize("NFKC", message["content"])}
+                    for message in messages]
+    while True:
+        ids, _ = data.render(messages, tokenizer, args.template)
+        if len(ids) <= room:
+            return ids, forgotten
+        users = [i for i, message in enumerate(messages) if message["role"] == "user"]
+        if len(users) < 2:
+            raise SystemExit(f"{messages[users[0]]['content'][:40]!r}: {len(ids)} tokens with what "
+                             f"must stand before it, {room} fit beside the reply; shorten it or "
+                             "take fewer --max-new-tokens")
+        system = messages[:1] if messages[0]["role"] == "system" else []
+        messages = system + messages[users[1] :]
+        forgotten += 1
+
+
 def chat(model, data, args):
-    """The user types and the model answers, or answers --prompt and ends; /new forgets what was
-    said. data: the module data.py, for its tokenizer and chat template."""
+    """Answers --prompts or --prompt, or what the user types; /new forgets what was said. data: the
+    module data.py, for its tokenizer and chat template."""
     tokenizer = data.Tokenizer.load(args.folder)
     ends = [tokenizer.text_end]
     if args.template != "none":
-        ends.append(tokenizer.end)
+        ends += [tokenizer.end, *(model.config.eos_token_id or [])]
     context = model.config.max_position_embeddings
     room = max(context // 2, context - args.max_new_tokens)  # the rest is the reply's
     start = [{"role": "system", "content": args.system}] if args.system else []
+    if args.prompts:
+        return answer(model, tokenizer, data, args, start, room, ends)
     messages = list(start)
     while True:
         try:
@@ -998,23 +1087,63 @@ def chat(model, data, args):
         if text.strip() == "/new" and not args.prompt:
             messages = list(start)
             continue
-        if "<|end|>" in tokenizer.ids:  # one of ours: the form of the cleaned text it has learned
-            text = unicodedata.normalize("NFKC", text)
         messages.append({"role": "user", "content": text})
-        ids, _ = data.render(messages, tokenizer, args.template)
-        reply = []
-        shown = ""
-        steps = generate_steps(model, [ids[-room:]], args.max_new_tokens, ends, args.temperature,
+        try:
+            ids, forgotten = fitted(messages, tokenizer, data, args, room)
+        except SystemExit as error:
+            if args.prompt:
+                raise
+            print(error, file=sys.stderr)
+            messages.pop()
+            continue
+        if forgotten:
+            print(f"(the oldest exchanges are left out, {forgotten} so far: the context holds "
+                  f"{context} tokens)", file=sys.stderr)
+        steps = generate_steps(model, [ids], args.max_new_tokens, ends, args.temperature,
                                args.top_p, [args.seed + len(messages)])
-        for _, tokens in steps:
-            reply += tokens
-            text = tokenizer.decode(reply).rstrip("\ufffd")  # a Han character may miss some bytes
-            print(text[len(shown) :], end="", flush=True)
-            shown = text
-        print()
-        messages.append({"role": "assistant", "content": shown})
+        messages.append({"role": "assistant", "content": spoken(steps, tokenizer)})
         if args.prompt:
             return
+
+
+def spoken(steps, tokenizer) -> str:
+    """Prints a reply while it is made; returns it."""
+    reply = []
+    shown = ""
+    for _, tokens in steps:
+        reply += tokens
+        text = tokenizer.decode(reply).rstrip("\ufffd")  # a Han character may miss some bytes
+        print(text[len(shown) :], end="", flush=True)
+        shown = text
+    print()
+    return shown
+
+
+def answer(model, tokenizer, data, args, start, room, ends):
+    """Replies to every conversation of --prompts, --batch-size of them at a time, each drawn by its
+    own seed; a killed run leaves the whole lines of what was answered."""
+    records = list(data.read_prompts(args.prompts))
+    conversations = [record["messages"] for record in records]
+    conversations = [messages if messages[0]["role"] == "system" else start + messages
+                     for messages in conversations]
+    prompts = [fitted(messages, tokenizer, data, args, room)[0] for messages in conversations]
+    began = time.time()
+    tokens = 0
+    Path(args.out).parent.mkdir(parents=True, exist_ok=True)
+    with open(args.out, "w", encoding="utf-8", buffering=1) as file:  # line by line
+        for first in range(0, len(prompts), args.batch_size):
+            part = range(len(prompts))[first : first + args.batch_size]
+            replies = generate(model, [prompts[i] for i in part], args.max_new_tokens, ends,
+                               args.temperature, args.top_p, [args.seed + i for i in part])
+            for i, reply in zip(part, replies):
+                text = tokenizer.decode(reply).rstrip("\ufffd")
+                messages = [*conversations[i], {"role": "assistant", "content": text}]
+                record = records[i] | {"messages": messages}
+                file.write(json.dumps(record, ensure_ascii=False) + "\n")
+            tokens += sum(map(len, replies))
+            print(f"\r{part.stop}/{len(prompts)} prompts, {tokens / (time.time() - began):.0f} "
+                  "tokens/s", end="", file=sys.stderr, flush=True)
+    print(file=sys.stderr)
 
 
 def merge(data, argv):
@@ -1035,6 +1164,9 @@ def main(data):
     add = parser.add_argument
     add("folder", nargs="?", help="folder of a checkpoint, such as out/sft; none: the presets")
     add("--prompt", help="ask this once instead of chatting")
+    add("--prompts", help="ask what this file asks: .jsonl in any conversation format")
+    add("--out", default="answers.jsonl", help="where to write the conversations with the replies")
+    add("--batch-size", type=int, default=32, help="conversations answered at a time")
     add("--system", default="", help="a system message to start with")
     add("--template", default="chat", choices=["chat", "alpaca", "none"],
         help="chat: role tokens; alpaca: ### Instruction:; none: continue the text (base models)")

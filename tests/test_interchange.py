@@ -1,10 +1,12 @@
 """Folders that `transformers` wrote, with the logits it computed: `pytest tests/test_interchange.py`.
 
-transformers 5.23 wrote tests/transformers/*: random weights, hidden size 16; the other direction (what we write, it
-reads) is checked by hand, since the tests may not install it.
+transformers 5 wrote tests/transformers/*: random weights, hidden size 16, in fp32, bf16 or fp16, in one file or in
+two; two of them with their rotary positions as transformers 4 spells them. Where "positions" stand, the logits are of
+these. The other direction (what we write, it reads) is checked by hand, since the tests may not install it.
 """
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import jinja2  # torch brings it
@@ -17,7 +19,8 @@ import pretrain
 import reward
 import sft
 from data import SIDE_FILES, Tokenizer, render
-from model import CausalLM, ModelConfig, ScalarModel, load_model, save_model
+from model import CausalLM, KVCache, ModelConfig, ScalarModel, left_padded, load_config, load_model
+from model import save_model
 from test_data import STYLES
 from tiny import SHAPE, TALKS, TOK, checkpoint, talk, write_jsonl
 
@@ -27,9 +30,30 @@ FOLDERS = sorted((Path(__file__).parent / "transformers").iterdir())
 @pytest.mark.parametrize("folder", FOLDERS, ids=lambda f: f.name)
 def test_a_folder_written_by_transformers_gives_its_logits(folder):
     expected = json.loads((folder / "logits.json").read_text(encoding="utf-8"))
+    ids = torch.tensor(expected["input_ids"])
+    at = expected.get("positions", range(ids.shape[1]))
+    model = load_model(folder)
     with torch.no_grad():
-        logits = load_model(folder)(torch.tensor(expected["input_ids"]))
-    assert (logits - torch.tensor(expected["logits"])).abs().max() < 2e-5
+        logits = model(ids)
+    assert (logits[:, at] - torch.tensor(expected["logits"])).abs().max() < 5e-5
+    ragged = cached(model, [ids[0, :7].tolist(), ids[1, :3].tolist()], ids)
+    assert all((row - logits[i, -len(row):]).abs().max() < 5e-5 for i, row in enumerate(ragged))
+
+
+@torch.no_grad()
+def cached(model, prompts, ids):
+    """Each row's logits behind its prompt, as generation sees them: padded on the left, token by token from a cache."""
+    tokens, pad = left_padded(prompts, model.config.max_position_embeddings)
+    cache = KVCache(model.config, pad, next(model.parameters()))
+    lengths = [len(prompt) for prompt in prompts]
+    rows = [[] for _ in prompts]
+    for step in range(ids.shape[1] - min(lengths) + 1):
+        last = model(tokens, cache)[:, -1]
+        at = [min(length + step, ids.shape[1] - 1) for length in lengths]
+        for i, length in enumerate(lengths):
+            rows[i] += [last[i]] * (length + step <= ids.shape[1])
+        tokens = ids[range(len(ids)), at][:, None]
+    return [torch.stack(row) for row in rows]
 
 
 @pytest.mark.parametrize("folder", FOLDERS, ids=lambda f: f.name)
@@ -42,9 +66,57 @@ def test_what_we_write_again_holds_the_same_names_shapes_and_bits(folder, tmp_pa
         assert name == other and torch.equal(a, b)
     ours = json.loads((tmp_path / "config.json").read_text(encoding="utf-8"))
     theirs = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    for key in ("architectures", "model_type", "hidden_size", "head_dim", "tie_word_embeddings"):
+    for key in ("architectures", "model_type", "hidden_size", "head_dim", "tie_word_embeddings", "attention_bias",
+                "eos_token_id"):
         if key in theirs:
             assert ours[key] == theirs[key]
+    rope = theirs.get("rope_parameters") or theirs["rope_scaling"] | {"rope_theta": theirs["rope_theta"]}
+    rope["rope_type"] = rope.pop("type", rope.get("rope_type"))
+    written = (ours["rope_scaling"] or {"rope_type": "default"}) | {"rope_theta": ours["rope_theta"]}
+    assert written.items() >= rope.items()
+    assert ours["sliding_window"] is None
+    assert ours["max_position_embeddings"] == (theirs.get("sliding_window") or theirs["max_position_embeddings"])
+
+
+BASE = {"model_type": "llama", "vocab_size": 8, "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1,
+        "num_attention_heads": 1, "max_position_embeddings": 64}
+LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "original_max_position_embeddings": 16}
+YARN = {"rope_type": "yarn", "factor": 2.0, "original_max_position_embeddings": 16}
+MISTRAL = {"model_type": "mistral"}
+
+
+@pytest.mark.parametrize("changes, named", [
+    ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "rope_type 'dynamic'"),
+    ({"rope_parameters": {"rope_type": "longrope", "factor": 2.0}}, "rope_type 'longrope'"),
+    ({"rope_scaling": LLAMA3}, "'llama3'.*: high_freq_factor$"), ({"rope_scaling": {"type": "linear"}}, ": factor$"),
+    ({"rope_scaling": YARN | {"mscale": 1.0}}, ": mscale$"),
+    ({"rope_parameters": {"full_attention": {"rope_type": "default"}}}, ": full_attention$"),
+    ({"partial_rotary_factor": 0.5}, "partial_rotary_factor 0.5 is not"), ({"mlp_bias": True}, "mlp_bias"),
+    ({"hidden_act": "gelu"}, "hidden_act"), ({"model_type": "gemma2"}, "gemma2"),
+])
+def test_what_would_change_the_logits_and_is_not_built_is_named(tmp_path, changes, named):
+    (tmp_path / "config.json").write_text(json.dumps(BASE | changes))
+    with pytest.raises(SystemExit, match=named):
+        load_config(tmp_path)
+
+
+@pytest.mark.parametrize("changes, expected", [
+    ({"rope_parameters": {"rope_theta": 5.0, "rope_type": "default"}, "rope_theta": 9.0}, {"rope_theta": 5.0}),
+    ({"rope_theta": 9.0, "rope_scaling": YARN | {"beta_slow": None}},
+     {"rope_theta": 9.0, "rope_scaling": YARN | {"beta_fast": 32, "beta_slow": 1, "attention_factor": None}}),
+    (MISTRAL, {"max_position_embeddings": 64}), (MISTRAL | {"sliding_window": None}, {"max_position_embeddings": 64}),
+    (MISTRAL | {"max_position_embeddings": 9999}, {"max_position_embeddings": 4096}),  # its window by default
+    (MISTRAL | {"sliding_window": 9, "attention_bias": True}, {"max_position_embeddings": 9, "attention_bias": False}),
+    ({"sliding_window": 9, "attention_bias": True}, {"max_position_embeddings": 64, "attention_bias": True}),
+    ({"model_type": "qwen2", "use_sliding_window": True, "sliding_window": 9}, {"max_position_embeddings": 9}),
+    ({"eos_token_id": 0}, {"eos_token_id": [0]}), ({"eos_token_id": [2, 3]}, {"eos_token_id": [2, 3]}),
+])
+def test_what_a_config_says_is_taken_as_transformers_takes_it(tmp_path, changes, expected):
+    (tmp_path / "config.json").write_text(json.dumps(BASE | changes))
+    config = load_config(tmp_path)
+    assert {name: getattr(config, name) for name in expected} == expected
+    (tmp_path / "generation_config.json").write_text('{"eos_token_id": 7}')  # what ends is said there, if it is
+    assert load_config(tmp_path).eos_token_id == [7]
 
 
 # ---------------------------------------------------------------- others' models through the stages
@@ -105,7 +177,8 @@ def test_an_open_model_goes_through_every_stage_and_keeps_its_tokenizer(
     assert row in said and "first KL 0, expected 0; first ratio 1 ± " in said
     for name in ("sft", "ppo", "dpo"):
         assert Tokenizer.load(tmp_path / name).hash == own.hash
-        assert load_model(tmp_path / name).config == net.config
+        found = load_model(tmp_path / name).config
+        assert replace(found, eos_token_id=None) == net.config
     for name in SIDE_FILES:  # what came from Hugging Face goes back whole
         for out in ("sft", "ppo", "dpo"):
             same = (tmp_path / out / name).read_bytes() == (tmp_path / "open" / name).read_bytes()
