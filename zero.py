@@ -1085,6 +1085,7 @@ class Run:
         """Draws the curves, writes the seconds into run.json and, last (it is make's target),
         eval.json."""
         self.record["seconds"] = round(self.seconds(), 1)
+        self.record["peak_bytes"] = peak_memory(torch.device(self.record["device"]))
         if dist.get_rank() == 0:
             write_json(self.out / "run.json", self.record)
             lines = self.metrics.read_text(encoding="utf-8").splitlines()
@@ -1092,7 +1093,8 @@ class Run:
             write_json(self.out / "eval.json", result)
             shutil.rmtree(self.out / "state", ignore_errors=True)
         numbers = [f"{k} {v:.4g}" for k, v in result.items() if isinstance(v, (int, float))]
-        print0(f"{self.out}: {'  '.join(numbers)}  ({self.record['seconds']:.0f} s)")
+        cost = f"{self.record['seconds']:.0f} s, {self.record['peak_bytes'] / 1e9:.2f} GB at most"
+        print0(f"{self.out}: {'  '.join(numbers)}  ({cost})")
 
 
 # ==== curves
@@ -1193,7 +1195,7 @@ class PlanConfig:
     """What `zero.py plan` can be told."""
 
     params: float = 7.5e9  # number of parameters
-    model: str = ""  # one of the documents' models instead; `python model.py` lists them
+    model: str = ""  # one of the documents' models (`python model.py` lists them) or a folder
     world_size: int = 64  # number of GPUs
     micro_batches: int = 1  # forward and backward passes per optimizer step
     bandwidth: float = 100.0  # GB/s that a GPU sends
@@ -1214,10 +1216,12 @@ class MeasureConfig(BaseConfig):
 
 
 def preset(model, name):
-    """The configuration of that name in the module `model`."""
-    if name not in model.PRESETS:
-        raise SystemExit(f"--model is one of {', '.join(model.PRESETS)}")
-    return model.PRESETS[name]
+    """The configuration of that name in the module `model`, or of a checkpoint's folder."""
+    if name in model.PRESETS:
+        return model.PRESETS[name]
+    if not Path(name).is_dir():
+        raise SystemExit(f"--model is a folder or one of {', '.join(model.PRESETS)}")
+    return model.load_config(name)
 
 
 def table(rows):

@@ -484,7 +484,10 @@ def test_time_and_rate_go_on_where_the_life_before_ended(folder, capsys, monkeyp
     live(cfg, clock, 9).finish(loss=0.25, note="a text")
     resumed, first, last, end = capsys.readouterr().out.splitlines()  # the last step is always said
     assert "step 6 of 9" in resumed and "7/9  0:04 left  5 tokens/s  loss 1.5" in first
-    assert "9/9  0:00 left  5 tokens/s" in last and end == f"{folder}: loss 0.25  (18 s)"
+    assert "9/9  0:00 left  5 tokens/s" in last
+    memory = json.loads((folder / "run.json").read_text())["peak_bytes"]
+    assert end == f"{folder}: loss 0.25  (18 s, {memory / 1e9:.2f} GB at most)"
+    assert memory == 0 or 1e8 < memory < 1e11, "of Python and torch at least"  # 0: not on Linux
     assert [row["seconds"] for row in rows_of(folder / "metrics.jsonl")] == [*range(2, 20, 2)]
     record = json.loads((folder / "run.json").read_text())
     assert record["config"]["save_every"] == 3 and record["script"] == "toy.py"

@@ -570,6 +570,14 @@ def test_the_plan_is_printed_for_a_size_or_a_model_of_the_documents(
     assert all(word in words for word in said)
 
 
+def test_the_plan_is_printed_for_the_folder_of_a_checkpoint(tmp_path, monkeypatch, capsys):
+    config = model.ModelConfig(num_hidden_layers=3)
+    model.save_model(tmp_path, model.CausalLM(config))
+    monkeypatch.setattr(sys, "argv", ["zero.py", "plan", "--model", str(tmp_path)])
+    z.main(model)
+    assert f"for {config.num_parameters():,} parameters" in capsys.readouterr().out
+
+
 def test_the_peak_is_printed_for_a_model_of_the_documents(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["peak.py", "--model", "llama-65b", "--world-size", "8"])
     peak.main()
