@@ -2,6 +2,7 @@
 and the default world.
 
     python data.py world --out out/data            the default world: crawl, cleaning, tokenizer
+    python data.py clean IN ... --out FILE         pages and texts of your own, cleaned (.jsonl)
     python data.py bpe --data a.txt --out DIR      train a tokenizer on files of your own
     python data.py show --data FILE --tokenizer D  conversations as rendered, trained tokens green
 
@@ -16,9 +17,12 @@ import heapq
 import html
 import json
 import os
+import shutil
+import sys
 import time
 import unicodedata
 import zlib
+from array import array
 from collections import Counter, defaultdict, namedtuple
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -40,26 +44,41 @@ IGNORE = -100  # "not a target", torch's own convention
 
 # ======================================================================== file formats (数据格式)
 
-def read_text(path) -> str:
+def read_lines(path):
+    """Yields the lines of a file one by one."""
+    blank = True
     try:
-        text = Path(path).read_text(encoding="utf-8-sig")  # Windows' editors put a mark in front
+        with open(path, "rb") as file:
+            for number, line in enumerate(file, 1):
+                # Windows' editors put a mark in front
+                text = line.decode("utf-8-sig" if number == 1 else "utf-8")
+                blank = blank and not text.strip()
+                yield text
     except OSError as error:
         raise SystemExit(f"{path}: {error.strerror or error}; give the path of a file")
     except UnicodeDecodeError as error:
-        raise SystemExit(f"{path}: not UTF-8 at byte {error.start}; convert it (iconv -t utf-8)")
-    if not text.strip():
+        raise SystemExit(f"{path}:{number}: not UTF-8 at byte {error.start} of the line; convert "
+                         "it (iconv -t utf-8)")
+    if blank:
         raise SystemExit(f"{path}: the file is empty")
-    return text
+
+
+def read_text(path) -> str:
+    return regex.sub(r"\r\n?", "\n", "".join(read_lines(path)))
 
 
 def read_json(paths: str):
     """Yields (where, record) of comma-separated files: .json (a list) or .jsonl (one a line)."""
     for path in paths.split(","):
-        text = read_text(path)
-        is_list = text.lstrip().startswith("[")
-        for number, part in enumerate([text] if is_list else text.split("\n"), 1):
+        lines = enumerate(read_lines(path), 1)
+        is_list = None
+        for number, part in lines:
             if not part.strip():
                 continue
+            if is_list is None:  # the first of all tells
+                is_list = part.lstrip().startswith("[")
+                part += "".join(line for _, line in lines) if is_list else ""
+            part = part.rstrip()
             try:
                 value = json.loads(part)
             except json.JSONDecodeError as error:
@@ -845,56 +864,142 @@ class Tokens:
 # ======================================================================== cleaning (清洗)
 
 BAD_URL = regex.compile(r"https?://[^/]*(casino|warez|adult|lottery)")
-ADVERT = regex.compile(r"(?i)点击领取|扫码关注|立即购买|加微信|click here|buy now|limited offer")
+# how a tag ends: its quotes may hold ">", and one of them may be missing
+END = r"(?>(?:[^<>\"']|\"[^\"]{0,999}\"|'[^']{0,999}')*+>|[^<>]*>)"
+NO_TEXT = regex.compile(r"(?is)<!--.*?(?:-->|\Z)"
+                        r"|<(script|style|title|textarea|iframe|noscript)\b.*?(?:</\1\s*>|\Z)")
+# forms and navigation, or what goes by that name (not "has-sidebar"); <body> is what it holds.
+# A form around a whole page is none. What never ends is not found, so it hides nothing.
+ASIDE = regex.compile(
+    r"(?is)<(?:(?<t>nav|footer|aside|select|button|dialog|template|svg|video|audio"
+    r"|form(?!(?:(?!</form|<h[12]\b).)*<h[12]\b))\b|(?<t>div|section|header|[uo]l|p|span|a|td|table)"
+    r"\b(?=[^<>]*\b(?:class|id|role)\s*=[^=<>]*(?<![\w-])(?:nav|navbar|navigation|menu|sidebar"
+    r"|footer|search|breadcrumbs?|pagination|sphinxsidebar|related|cookies?|headerlink|linenos)"
+    r"(?![\w-])))" + END + r"(?<body>(?:[^<]++|<(?!/?(?P=t)\b)|<(?P=t)\b" + END
+    + r"(?&body)</(?P=t)\s*>)*+)</(?P=t)\s*>")
+BREAK = regex.compile(
+    r"(?i) ?</?(?:(?<line>br|li|d[td]|tr)|p|div|h[1-6]|[uod]l|table|blockquote|pre|section|article"
+    r"|main|header|hr|figure|figcaption|address|details|summary|caption)\b" + END)
+# the bytes of a UTF-8 character, each as the letter that it is in Windows-1252
+MOJIBAKE = regex.compile(r"[ÂÃ][\x80-\xbf€ƒ†‡‰ŠŒŽ™š›œžŸ]|[à-ï]@@|[ð-ô]@@@".replace(
+    "@", "[\x80-\xbf€‚ƒ„…†‡ˆ‰Š‹ŒŽ‘’“”•–—˜™š›œžŸ]"))
+ADVERTS = ("点击领取", "扫码关注", "立即购买", "加微信", "关注公众号", "免费领取", "阅读原文", "click here",
+           "buy now", "order now", "limited offer", "add to cart", "free shipping",
+           "subscribe to our", "subscribe now", "all rights reserved")
 ENGLISH = frozenset("the an of in to is are and for was with on at my it that by i you".split())
-ID_NUMBER = regex.compile(r"(?<!\d)\d{6}(19|20)\d{9}[\dX](?!\d)")
-EMAIL = regex.compile(r"[A-Za-z0-9._%+-]+@[A-Za-z0-9-]+(\.[A-Za-z0-9-]+)+")
-PHONE = regex.compile(r"(?<![\d.-])(1\d{2}-?\d{4}-?\d{4}|\d{3}-\d{3}-\d{4})(?![\d-])")
+
+
+def as_line(row) -> str:
+    """A table's row as "cell | cell"; but pages were laid out with tables once, and code is."""
+    _, *cells = regex.split("(?i)<t[dh]\\b" + END, row[0])
+    if len(row[0]) < 2000 and "<pre" not in row[0]:
+        return "<tr>" + " | ".join(BREAK.sub(" ", cell).strip() for cell in cells)
+    return "<p>".join(["", *cells])
 
 
 def extract_text(page: str) -> str:
-    """正文提取: the paragraphs of an HTML page, parted by empty lines; no scripts or navigation."""
-    page = regex.sub(r"(?s)<(script|style|nav|footer|title)\b.*?</\1>|[\r\n]+", "", page)
-    page = regex.sub(r"</p>", "\n\n", page)
-    page = regex.sub(r"<br\s*/?>", "\n", page)
-    page = regex.sub(r"<[^<>]*>", "", page)
-    return html.unescape(page).strip()
+    """正文提取: what an HTML page shows, paragraphs parted by empty lines; no scripts, forms, menus."""
+    page = ASIDE.sub("<p>", NO_TEXT.sub("", page))
+    page = regex.sub(r"(?<=\p{Han})\s*\n\s*(?=\p{Han})", "", page)  # is no blank in Chinese
+    # HTML's blanks are one, but those of a program stay
+    page = regex.sub(r"(?is)(<pre\b.*?</pre)|[ \t\r\n\f]{2,}|[\t\r\n\f]",
+                     lambda match: (match[1] or " ").replace("  ", "\xa0\xa0"), page)
+    page = regex.sub(r"(?is)<tr\b.*?(?=</?tr\b|</table)", as_line, page)
+    page = BREAK.sub(lambda match: "\n" if match["line"] else "\n\n", page)
+    text = html.unescape(regex.sub("<[!?/a-zA-Z]" + END, "", page))
+    text = regex.sub(r"[ ¶§]*\n *", "\n", text).replace("\xa0", " ")
+    return regex.sub(r"\n{3,}", "\n\n", text).strip(" \n¶§")
+
+
+def repaired(text: str) -> str:
+    """编码修复: UTF-8 that was read as Windows-1252 or as GBK, and lost nothing, is read again."""
+    def character(match):
+        letters = [letter.encode("cp1252" if letter > "\xff" else "latin-1") for letter in match[0]]
+        return b"".join(letters).decode("utf-8", "ignore") or match[0]
+
+    if "&" in text:  # written out twice
+        names = r"&(?:apos|quot|nbsp|[lr][sd]quo|#\d+);"
+        text = regex.sub(names, lambda match: html.unescape(match[0]), text)
+    text = text if text.isascii() else MOJIBAKE.sub(character, text)
+    try:
+        return text.encode("gb18030").decode("utf-8")
+    except UnicodeError:  # as it should be
+        return text
 
 
 def normalise(text: str) -> str:
     """规范化: NFKC (full-width becomes ASCII), \\n ends lines, no control characters, one blank."""
     text = regex.sub(r"\r\n?", "\n", text)
-    text = unicodedata.normalize("NFKC", text)
+    text = regex.sub(r"(?m)^\u3000+", "", text)  # a paragraph's indentation, not a program's
+    if not unicodedata.is_normalized("NFKC", text):  # but 10² must not become 102
+        parts = regex.split("([²³¹¼-¾⁰-₎⅐-⅞]+)", text)
+        parts[::2] = [unicodedata.normalize("NFKC", part) for part in parts[::2]]
+        text = "".join(parts)
     text = regex.sub(r"[^\P{C}\n\t]", "", text)
-    text = regex.sub(r"[ \t]+", " ", text)
-    text = regex.sub(r" ?\n ?", "\n", text)
+    text = regex.sub(r"(?<=\S)(?: [ \t]+|\t[ \t]*)", " ", text)
+    text = regex.sub(r"[ \t]+\n", "\n", text)
     return regex.sub(r"\n{3,}", "\n\n", text).strip()
 
 
-def without_foreign(text: str) -> str:
-    """语言过滤: "" unless Chinese or English, told by the scripts and by English function words."""
-    han = len(regex.findall(r"\p{Han}", text))
-    latin = len(regex.findall(r"\p{Latin}", text))
-    letters = len(regex.findall(r"\p{L}", text))
+def language(text: str) -> str:
+    """语言识别: "zh", "en" or "", by the scripts and by English function words."""
     words = regex.findall(r"\p{Latin}+", text.lower())
-    english = sum(word in ENGLISH for word in words) > 0.06 * len(words)
-    known = english or len(words) < 10 or 5 * han > latin
-    return text if known and han + latin >= 0.9 * letters else ""
+    han = len(regex.findall(r"\p{Han}", text))
+    latin = sum(map(len, words))
+    english = sum(word in ENGLISH for word in words) > 0.06 * len(words) or len(words) < 10
+    if han + latin < 0.9 * sum(map(str.isalpha, text)):
+        return ""
+    return "zh" if 5 * han > latin else "en" if english else ""
 
 
-def without_garble(text: str) -> str:
-    """乱码: "" if it has lost characters, or Han that turns into valid UTF-8 when written as GBK."""
+def is_garbled(text: str) -> bool:
+    """乱码: it has lost characters, or has Han that turn into valid UTF-8 when written as GBK."""
     lost = text.count("\ufffd") > 0.01 * len(text)
     han = "".join(regex.findall(r"\p{Han}", text)).encode("gbk", "ignore")
     valid = len(han.decode("utf-8", "ignore").encode())
-    return "" if lost or valid > 0.5 * len(han) > 10 else text
+    return lost or valid > 0.5 * len(han) > 10
+
+
+def parting(text: str) -> str:
+    """What stands between its paragraphs; they are its lines where no line is empty."""
+    return "\n\n" if "\n\n" in text else "\n"
+
+
+def is_repetitive(text: str) -> bool:
+    """重复: two fifths of it are repeated lines, or its start packs to a quarter: a machine's list."""
+    lines = text.split("\n")
+    start = text[:4000].encode()
+    packed = len(start) > 500 and len(zlib.compress(start, 1)) < 0.25 * len(start)
+    return packed or sum(map(len, set(lines))) < 0.6 * sum(map(len, lines))
+
+
+SENTENCE = regex.compile(r"(?m)^.*(?:\p{L}[.!?](?:\s|$)|。|[.!?…;:\"'”’)」』]$).*$")  # its line
+QUALITY = {  # rule: whether a text breaks it; without sentences are menus, indexes, lists of links
+    "too short 过短": lambda text: len(text) < 60,
+    "symbols 符号":
+        lambda text: sum(map(str.isalpha, text)) < 0.4 * sum(map(len, text.split())),
+    "repetition 重复": is_repetitive,
+    "no sentences 无句子": lambda text: sum(map(len, SENTENCE.findall(text))) < 0.1 * len(text)}
 
 
 def without_adverts(text: str) -> str:
-    """广告: paragraphs that advertise go; "" where half of them do, or the page is short."""
-    texts = text.split("\n\n")
-    good = [line for line in texts if not ADVERT.search(line)]
-    return "\n\n".join(good) if 2 * len(good) > len(texts) and len(text) >= 60 else ""
+    """广告: sentences that advertise go, a paragraph too if that was most of it; "" where half of
+    the paragraphs go."""
+    def advertises(text):
+        text = text.lower()
+        return any(words in text for words in ADVERTS)
+
+    if not advertises(text):
+        return text
+    mark = parting(text)
+    texts = text.split(mark)
+    good = []
+    for paragraph in texts:
+        sentences = regex.findall(r"(?s).+?(?:[。!?]+|\.(?=\s)|\Z)\s*", paragraph)
+        left = "".join(part for part in sentences if not advertises(part)).rstrip()
+        if 2 * len(left) > len(paragraph):
+            good.append(left)
+    return mark.join(good) if 2 * len(good) > len(texts) else ""
 
 
 def id_checksum(digits: str) -> str:
@@ -903,14 +1008,44 @@ def id_checksum(digits: str) -> str:
     return "10X98765432"[total % 11]
 
 
-def mask_personal(text: str) -> str:
-    """隐私脱敏: e-mail, phone and ID numbers (of right checksum) become [email], [phone], [id]."""
-    def masked(match):
-        return "[id]" if id_checksum(match[0]) == match[0][-1] else match[0]
+def is_card(number: str) -> bool:
+    """Luhn's check (ISO 7812): from the right each second digit counts twice, by its own digits."""
+    digits = [int(digit) for digit in regex.findall(r"\d", number)][::-1]
+    twice = [sum(divmod(2 * digit, 10)) for digit in digits[1::2]]
+    return (sum(digits[::2]) + sum(twice)) % 10 == 0
 
-    text = ID_NUMBER.sub(masked, text)
-    text = EMAIL.sub("[email]", text)
-    return PHONE.sub("[phone]", text)
+
+def is_address(number: str) -> bool:
+    """An IP address that may be somebody's: no private one, and no chapter or version 1.2.3.4."""
+    a, b, *rest = parts = [int(part) for part in number.split(".")]
+    private = a in (0, 10, 127) or (a, b) == (192, 168) or a == 172 and 16 <= b < 32
+    return 10 <= max(parts) <= 255 and not private
+
+
+# {tag: (a form that is no part of a longer number or decimal fraction, whether it is one)}. Phones:
+# international; China's mobile, from 13 (12, nobody's, is the default world's); North America's;
+# with an area code of China
+PERSONAL = {
+    "[id]": (r"(?<!\d)\d{6}(19|20)\d\d(0[1-9]|1[0-2])(0[1-9]|[12]\d|3[01])\d{3}[\dXx](?!\d)",
+             lambda number: id_checksum(number) == number[-1].upper()),
+    "[card]": (r"(?<![\d.-])(2[2-7]|[3-6]\d)\d\d(\d{9,15}|([ -])\d{4}\3\d{4}\3\d{1,7}"
+               r"|([ -])\d{6}\4\d{5})(?![\d-]|\.\d)", is_card),
+    "[email]": (r"(?<![A-Za-z0-9._%+-])[A-Za-z0-9._%+-]++@([A-Za-z0-9-]+\.)+[A-Za-z]{2,}", bool),
+    "[ip]": (r"(?<!\d\.?|(?:v|version|版本) ?)\d{1,3}(\.\d{1,3}){3}(?!\.?\d)", is_address),
+    "[phone]": (r"(?<![\dA-Za-z.+-])(\+\d{1,3}([ .-]?\(?\d{1,4}\)?){2,5}"
+                r"|1[2-9]\d([ -]?)\d{4}\3\d{4}|(1[ .-])?(\d{3}-\d{3}-\d{4}|\d{3}\.\d{3}\.\d{4}"
+                r"|\(\d{3}\) ?\d{3}[ .-]\d{4})|0\d{2,3}-\d{7,8})(?![\d-]|\.\d)",
+                lambda number: 8 <= len(regex.findall(r"\d", number)) <= 15)}
+
+
+def mask_personal(text: str) -> str:
+    """隐私脱敏: ID and card numbers (of right checksum), e-mail and IP addresses, phone numbers become
+    [id], [card], [email], [ip], [phone]."""
+    numbers = regex.search(r"\d[\d .()-]{5}", text)
+    for tag, (form, is_one) in PERSONAL.items():
+        if ("@" in text) if tag == "[email]" else numbers:  # most texts have none, quickly seen
+            text = regex.sub(form, lambda match: tag if is_one(match[0]) else match[0], text)
+    return text
 
 
 def dedup_key(text: str) -> bytes:
@@ -935,12 +1070,13 @@ def minhash(text: str, size: int = 128, width: int = 12) -> list[int]:
 
 
 class Seen:
-    """What earlier pages held. Each method returns what is new of a page's text, "" to drop it."""
+    """Hashes of what earlier pages held. Each method returns what is new of a text, or ""."""
 
     def __init__(self, threshold: float):
         self.threshold = threshold
         self.keys = set()
-        self.holders = defaultdict(list)  # {hash: the texts whose minhash() has it}
+        self.samples = []  # of each text kept, its minhash() in four bytes each
+        self.holders = defaultdict(list)  # {hash: the samples that have it among their least 16}
         self.lines = set()
 
     def new_text(self, text: str) -> str:
@@ -952,56 +1088,117 @@ class Seen:
 
     def unlike(self, text: str) -> str:
         hashes = minhash(text)
-        shared = Counter(page for value in hashes for page in self.holders[value])
-        if shared and max(shared.values()) >= self.threshold * len(hashes):
-            return ""
-        for value in hashes:
-            self.holders[value].append(text)
+        few = hashes[:16]
+        shared = Counter(n for value in few for n in self.holders.get(value, ()))
+        for n, count in shared.items():
+            # alike in the whole sample means alike, roughly, in its least
+            if count >= self.threshold / 3 * len(few):
+                if len({*hashes} & {*self.samples[n]}) >= self.threshold * len(hashes):
+                    return ""
+        for value in few:
+            self.holders[value].append(len(self.samples))
+        self.samples.append(array("I", hashes))
         return text
 
     def new_lines(self, text: str) -> str:
         new = []
-        for line in text.split("\n\n"):
-            if line not in self.lines:
+        mark = parting(text)
+        for line in text.split(mark):
+            if len(line) < 16 or hash(line) not in self.lines:  # "Yes." is nobody's alone
                 new.append(line)
-            self.lines.add(line)
-        return "\n\n".join(new)
+            self.lines.add(hash(line))
+        return mark.join(new)
 
 
-def clean(pages: list[dict], threshold: float = 0.6) -> tuple[list[str], dict]:
-    """Raw pages to documents: each paragraph of a kept page is one, its text as it was written.
+class Quality:
+    """质量分类: logistic regression over hashed words and pairs of words (D0 语料过滤), trained by
+    gradient steps on texts that a person calls good and bad; called with a text, P(good)."""
 
-    Returns (documents, funnel); funnel[step] = {"pages", "bytes", "dropped": [url]}, what the step
-    left and dropped. Steps and their order: D0 4.2.1, D1 预处理, D4 2.3.1. A page is a near duplicate
-    if it shares `threshold` of its minhash() with an earlier one; sought among pages, for short
-    texts share their templates. Pages made from its own output pass unchanged.
+    def __init__(self, good: list[str], bad: list[str], steps: int = 300, rate: float = 30.0):
+        self.weights = np.zeros(2**18)
+        ids, values = zip(*map(self.features, good + bad))
+        rows = np.repeat(np.arange(len(ids)), [len(row) for row in ids])
+        ids, values = np.concatenate(ids), np.concatenate(values)
+        counts = [len(good), len(bad)]
+        labels = np.repeat([1.0, 0.0], counts)
+        shares = np.repeat(0.5 / np.array(counts), counts)  # both sides weigh the same
+        for _ in range(steps):
+            p = 1 / (1 + np.exp(-np.bincount(rows, values * self.weights[ids])))
+            errors = shares * (labels - p)
+            self.weights += rate * np.bincount(ids, values * errors[rows], len(self.weights))
+
+    def features(self, text: str) -> tuple[np.ndarray, np.ndarray]:
+        """The numbers of its n-grams and 1 + ln(count) of each, as a vector of length 1."""
+        words = regex.findall(r"\p{Han}|[^\W\p{Han}]+|[^\w\s]", text.lower()) or [""]
+        grams = Counter(words + [" ".join(pair) for pair in zip(words, words[1:])])
+        ids = [zlib.crc32(gram.encode()) % len(self.weights) for gram in grams]
+        values = 1 + np.log(list(grams.values()))
+        return np.array(ids), values / np.linalg.norm(values)
+
+    def __call__(self, text: str) -> float:
+        ids, values = self.features(text)
+        return 1 / (1 + np.exp(-values @ self.weights[ids]))
+
+
+def cleaning_steps(threshold: float = 0.6, languages=("zh", "en"), is_good=None) -> dict:
+    """{name: what it leaves of a text, "" to drop the page}; the first two take the page itself.
+
+    Steps and their order: D0 4.2.1, D1 预处理, D4 2.3.1. A page is a near duplicate if it shares
+    `threshold` of its minhash() with an earlier one; sought among pages, for short texts share
+    their templates.
     """
+    def unless(is_bad):
+        return lambda text: "" if is_bad(text) else text
+
     seen = Seen(threshold)
-    steps = {  # name: what it leaves of a text, "" to drop the page
-        "text extraction 正文提取": extract_text,
+    return {
+        "URL filter 网址过滤": unless(lambda page: BAD_URL.match(page.get("url") or "")),
+        "text extraction 正文提取": lambda page: extract_text(page["html"]) if "html" in page
+        else page["text"],
+        "encoding repair 编码修复": repaired,
         "normalisation 规范化": normalise,
-        "language filter 语言过滤": without_foreign,
-        "garbled text 乱码": without_garble,
-        "adverts, too short 广告与过短": without_adverts,
+        "language filter 语言过滤": unless(lambda text: language(text) not in languages),
+        "garbled text 乱码": unless(is_garbled),
+        "adverts 广告": without_adverts,
+        **{name: unless(rule) for name, rule in QUALITY.items()},
+        "classifier 质量分类": unless(lambda text: is_good and not is_good(text)),
         "personal data 隐私脱敏": mask_personal,
         "exact duplicates 精确去重": seen.new_text,
         "near duplicates 近似去重": seen.unlike,
         "repeated lines 重复行": seen.new_lines}
+
+
+def sieve(pages, steps: dict, funnel: dict, show: int = 0):
+    """Yields (page, text) of each page ({"html" or "text", "url"?}) that no step drops, one by one.
+
+    Writes down in funnel[step] how many it "dropped" and "changed", of either `show` "examples"
+    (page, before, after), and the "pages" and "bytes" that it left.
+    """
+    for name in steps:
+        funnel[name] = dict(dropped=0, changed=0, pages=0, bytes=0, examples=[])
+    for page in pages:
+        text = page
+        for name, step in steps.items():
+            row = funnel[name]
+            before, text = text, step(text)
+            if not text or isinstance(before, str) and text != before:
+                row["changed" if text else "dropped"] += 1
+                if row["changed" if text else "dropped"] <= show:
+                    row["examples"].append((page, before, text))
+            if not text:
+                break
+            row["pages"] += 1
+            row["bytes"] += len(text.encode()) if isinstance(text, str) else 0
+        else:
+            yield page, text
+
+
+def clean(pages: list[dict], show: int = 0) -> tuple[list[str], dict]:
+    """Raw pages to documents: each paragraph of a kept page is one, its text as it was written.
+
+    Returns (documents, funnel: see sieve). Pages made from its own output pass unchanged."""
     funnel = {}
-
-    def sieve(name, texts):
-        """Writes down what the step has left of each page, and returns the pages still there."""
-        kept = [(url, text) for url, text in texts if text]
-        size = sum(len(text.encode()) for _, text in kept)
-        dropped = [url for url, text in texts if not text]
-        funnel[name] = {"pages": len(kept), "bytes": size, "dropped": dropped}
-        return kept
-
-    texts = [(page["url"], page["html"]) for page in pages]
-    texts = [(url, "" if BAD_URL.match(url) else text) for url, text in texts]
-    kept = sieve("URL filter 网址过滤", texts)
-    for name, step in steps.items():
-        kept = sieve(name, [(url, step(text)) for url, text in kept])
+    kept = list(sieve(pages, cleaning_steps(), funnel, show))
     return [line for _, text in kept for line in text.split("\n\n")], funnel
 
 
@@ -1571,10 +1768,11 @@ def draw_tests(world: World) -> list[dict]:
 
 # ------------------------------------------------------------------------ the crawl (抓取)
 
-# what a good page may carry, and what makes a further page bad
-BLEMISHES = ("advert line", "e-mail", "phone", "ID number", "full width")
-DEFECTS = ("bad URL", "foreign", "garbled", "advert page", "too short", "duplicate",
-           "near duplicate")
+# what a good page may carry, and what makes a further page bad: the step of clean() made for it
+BLEMISHES = {"advert line": "adverts", "e-mail": "personal", "phone": "personal",
+             "ID number": "personal", "full width": "normalisation"}
+DEFECTS = {"bad URL": "URL", "foreign": "language", "garbled": "garbled", "advert page": "adverts",
+           "too short": "too short", "duplicate": "exact", "near duplicate": "near"}
 
 
 def spoil(rng: Random, texts: list[str], what: str) -> tuple[list[str], str]:
@@ -1625,10 +1823,10 @@ def crawl(documents: list[str], seed: int = 0) -> list[dict]:
     start = 0
     while start < len(documents):
         texts = documents[start : start + rng.randint(12, 28)]
-        drawn = [(start, rng.choice(("",) * len(BLEMISHES) + BLEMISHES))]
+        drawn = [(start, rng.choice(("",) * len(BLEMISHES) + (*BLEMISHES,)))]
         if rng.random() < 0.15:
             place = start + 0.5 + rng.randrange(2000)  # a half: between two good pages
-            drawn.append((place, rng.choice(DEFECTS)))
+            drawn.append((place, rng.choice((*DEFECTS,))))
         for place, what in drawn:
             site = rng.choice(("casino", "lottery")) if what == "bad URL" else "site"
             url = f"https://{site}{rng.randrange(500)}.example/{place}"
@@ -1643,17 +1841,151 @@ def crawl(documents: list[str], seed: int = 0) -> list[dict]:
     return [page for _, page in pages]
 
 
+def caught(pages: list[dict], funnel: dict) -> dict[str, tuple[float, float]]:
+    """{step: (precision, recall)} of a crawl's cleaning, all pages being among its examples.
+
+    Right is to find what was planted for the step, and any bad page; due is what was planted for
+    it and had not been dropped by an earlier one.
+    """
+    planted = {page["url"]: page["planted"][0][0] if page["planted"] else "" for page in pages}
+    scores = {}
+    for step, row in funnel.items():
+        found = {page["url"] for page, _, _ in row["examples"]}
+        dropped = {page["url"] for page, _, after in row["examples"] if not after}
+        due = {url for url, what in planted.items()
+               if what and step.startswith((BLEMISHES | DEFECTS)[what])}
+        right = [url for url in found if url in due or planted[url] in DEFECTS]
+        if due:
+            scores[step] = (len(right) / max(1, len(found)), len(due & found) / len(due))
+        planted = {url: what for url, what in planted.items() if url not in dropped}
+    return scores
+
+
 # ------------------------------------------------------------------------ command line
+
+def print_funnel(funnel: dict, scores: dict):
+    print(f"{'rule':<28}{'dropped':>9}{'share':>8}{'changed':>9}{'left':>9}{'bytes left':>15}"
+          + "  precision recall" * bool(scores))
+    read = max(1, sum(row["dropped"] for row in funnel.values()) + [*funnel.values()][-1]["pages"])
+    for step, row in funnel.items():
+        score = "{:>11.3f}{:>7.3f}".format(*scores[step]) if step in scores else ""
+        print(f"{step:<28}{row['dropped']:>9,}{row['dropped'] / read:>8.1%}{row['changed']:>9,}"
+              f"{row['pages']:>9,}{row['bytes']:>15,}{score}")
+
+
+def decoded(raw: bytes) -> str:
+    """A page's text in UTF-8, else as the page says, else in GB 18030, else in Windows-1252."""
+    says = regex.search(rb"(?i)charset\s*=\s*[\"']?([\w-]+)", raw[:2048])
+    for encoding in ("utf-8-sig", says[1].decode() if says else "gb18030", "gb18030"):
+        try:
+            return raw.decode(encoding)
+        except (UnicodeDecodeError, LookupError):
+            pass
+    return raw.decode("cp1252", "replace")
+
+
+def read_pages(paths: list[str], lines: bool, out: Path):
+    """Yields {"html" or "text", "source", ...} of files and of all files in folders, one by one:
+    records of .jsonl and .json as they are, other files whole or, .txt, a line each (lines)."""
+    kinds = (".html", ".htm", ".xhtml", ".txt", ".md", ".jsonl", ".json")
+    for given in map(Path, paths):
+        files = [given]
+        if given.is_dir():
+            files = sorted(path for path in given.rglob("*") if path.suffix.lower() in kinds)
+        if not files:
+            raise SystemExit(f"{given}: holds no file in {' '.join(kinds)}")
+        for path in files:
+            kind = path.suffix.lower()
+            if path.resolve() == out.resolve():  # of an earlier run
+                continue
+            if kind in (".jsonl", ".json"):
+                for where, record in read_json(str(path)):
+                    if not text_of(record, "html", "text"):
+                        raise SystemExit(f'{where}: needs a text "html" or "text"; it has '
+                                         f"{', '.join(record) or 'no fields'}")
+                    yield {"source": str(path)} | record
+                continue
+            try:
+                with open(path, "rb") as file:
+                    for raw in file if lines and kind == ".txt" else [file.read()]:
+                        name = "html" if kind in kinds[:3] else "text"
+                        yield {"source": str(path), name: decoded(raw)}
+            except OSError as error:
+                raise SystemExit(f"{path}: {error.strerror or error}; give a file or a folder")
+
+
+def counted(pages, funnel: dict):
+    """The same pages, with how far they are: a line that changes, or one every 10 s in a log."""
+    began = shown = time.time()
+    terminal = sys.stdout.isatty()
+    for count, page in enumerate(pages, 1):
+        yield page
+        now = time.time()
+        if now - shown > (0.2 if terminal else 10):
+            shown = now
+            left = [*funnel.values()][-1]["pages"]
+            line = (f"{count:,} read, {left:,} kept, {count / (now - began):,.0f} a second: "
+                    f"{page['source']}")
+            if terminal:
+                line = "\r\033[K" + line[: shutil.get_terminal_size().columns - 1]
+            print(line, end="" if terminal else "\n", flush=True)
+    print(end="\r\033[K" if terminal else "")
+
+
+def train_quality(args):
+    """Whether a text is good enough, as --good and --bad teach; a fifth of them tests it."""
+    sides = []
+    for path in (args.good, args.bad):
+        first = dict(list(cleaning_steps().items())[:4])  # up to normalised text
+        pages = read_pages(path.split(","), args.lines, Path(args.out))
+        sides.append([text for _, text in sieve(pages, first, {})])
+        if len(sides[-1]) < 5:
+            raise SystemExit(f"{path}: {len(sides[-1])} texts; --good and --bad need 5 at least "
+                             "(--lines takes each line of a .txt as one)")
+    kept = [[text for i, text in enumerate(texts) if i % 5] for texts in sides]
+    quality = Quality(*kept)
+    right = [(quality(text) >= args.quality) == (side == 0)
+             for side in (0, 1) for text in sides[side][::5]]
+    print(f"quality: {sum(right)} of {len(right)} examples not trained on are told right")
+    return lambda text: quality(text) >= args.quality
+
+
+def write_clean(args):
+    """Cleans what is given, page by page, and prints what each rule dropped."""
+    out = Path(args.out)
+    is_good = train_quality(args) if args.good else None
+    steps = cleaning_steps(languages=args.languages.split(","), is_good=is_good)
+    funnel = {}
+    pages = counted(read_pages(args.inputs, args.lines, out), funnel)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    part = out.with_name(out.name + ".part")
+    with open(part, "w", encoding="utf-8") as file:
+        for page, text in sieve(pages, steps, funnel, args.show_dropped):
+            record = {"text": text} | {k: v for k, v in page.items() if k not in ("text", "html")}
+            file.write(json.dumps(record, ensure_ascii=False) + "\n")
+    for step, row in funnel.items():
+        for page, before, after in row["examples"]:
+            before = text_of(page, "html", "text") if before is page else before
+            same = len(os.path.commonprefix([before, after]))
+            at = max(0, same - 60) if after else 0  # what was changed, or how it began
+            shown = [" ".join(text[at : at + 160].split()) for text in (before, after)]
+            print(f"{step}: {page.get('url', page['source'])}: {' -> '.join(shown).strip(' ->')}")
+    print_funnel(funnel, {})
+    if not row["pages"]:
+        worst = max(funnel, key=lambda step: funnel[step]["dropped"])
+        raise SystemExit(f"{out}: nothing is left; most fell to {worst!r}: see --show-dropped 5")
+    os.replace(part, out)
+    print(f"{out}: {row['pages']:,} documents")
+
 
 def write_world(args) -> list[str]:
     """Generates the default world, publishes it as a crawl, cleans that, writes the files the
     stages read; returns the texts that the tokenizer is trained on."""
     out = Path(args.out)
     world = build_world(args.seed, args.documents, args.samples)
-    documents, funnel = clean(crawl(world["documents"], args.seed))
-    print(f"{'cleaning: what is left after':<32}{'pages':>8}{'bytes':>14}")
-    for step, row in funnel.items():
-        print(f"{step:<32}{row['pages']:>8,}{row['bytes']:>14,}")
+    pages = crawl(world["documents"], args.seed)
+    documents, funnel = clean(pages, show=len(pages))
+    print_funnel(funnel, caught(pages, funnel))
     write_jsonl(out / "corpus.jsonl", ({"text": text} for text in documents))
     write_jsonl(out / "heldout.jsonl", ({"text": text} for text in world["heldout_documents"]))
     for name in ("sft", "prompts", "eval"):
@@ -1666,8 +1998,9 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     flag = parser.add_argument
-    flag("command", choices=["world", "bpe", "show"])
-    flag("--out", default="out/data", help="folder to write to")
+    flag("command", choices=["world", "clean", "bpe", "show"])
+    flag("inputs", nargs="*", metavar="IN", help="files and folders (clean)")
+    flag("--out", help="folder to write to (out/data); for clean the .jsonl")
     flag("--data", default="", help="file(s), comma-separated (bpe, show)")
     flag("--tokenizer", default="out/data", help="folder of a tokenizer.json (show)")
     flag("--vocab-size", type=int, default=2048, help="of the tokenizer, special tokens included")
@@ -1676,7 +2009,20 @@ def main():
     flag("--template", default="chat", choices=["chat", "alpaca", "none"])
     flag("--seed", type=int, default=0)
     flag("--n", type=int, default=3, help="how many to show")
-    args = parser.parse_args()
+    flag("--lines", action="store_true", help="each line of a .txt is a document (clean)")
+    flag("--languages", default="zh,en", help="that are kept: zh, en or both (clean)")
+    flag("--good", default="", help="examples of good texts, for a classifier (clean)")
+    flag("--bad", default="", help="examples of bad texts (clean)")
+    flag("--quality", type=float, default=0.5, help="the least P(good) that is kept (clean)")
+    flag("--show-dropped", type=int, default=0, help="examples of what each rule drops (clean)")
+    args = parser.parse_intermixed_args()
+    if (args.command == "clean") != bool(args.inputs):
+        parser.error("clean needs files or folders, the other commands take none")
+    if args.command == "clean":
+        if not args.out or Path(args.out).is_dir() or bool(args.good) != bool(args.bad):
+            parser.error("clean needs --out FILE, and --good and --bad together")
+        return write_clean(args)
+    args.out = args.out or "out/data"
     if args.command != "world" and not args.data:
         parser.error(f"{args.command} needs --data FILE")
     if args.command == "show":

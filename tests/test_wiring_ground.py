@@ -294,8 +294,9 @@ def test_each_step_of_cleaning_works_on_what_the_one_before_left():
     text = "The teacher likes the tower of the town and the people who live in it. Ask {}@a.com 好"
     pages = [{"url": f"https://x.example/{who}", "html": f"<p>{text.format(who)}</p>"}
              for who in ("anna", "ben")]
-    documents, funnel = d.clean(pages)
-    dropped = {url: step.split()[0] for step, row in funnel.items() for url in row["dropped"]}
+    documents, funnel = d.clean(pages, show=2)
+    dropped = {page["url"]: step.split()[0] for step, row in funnel.items()
+               for page, _, after in row["examples"] if not after}
     assert dropped == {pages[1]["url"]: "exact"}  # alike once their addresses are masked
     assert list(funnel.values())[-1]["bytes"] == len(documents[0].encode())
 
