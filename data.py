@@ -866,20 +866,25 @@ class Tokens:
 BAD_URL = regex.compile(r"https?://[^/]*(casino|warez|adult|lottery)")
 # how a tag ends: its quotes may hold ">", and one of them may be missing
 END = r"(?>(?:[^<>\"']|\"[^\"]{0,999}\"|'[^']{0,999}')*+>|[^<>]*>)"
-NO_TEXT = regex.compile(r"(?is)<!--.*?(?:-->|\Z)"
+NO_TEXT = regex.compile(r"(?is)<!--.*?(?:-->|\Z)|<a\b[^<>]*>\s*[#¶§]\s*</a>"
                         r"|<(script|style|title|textarea|iframe|noscript)\b.*?(?:</\1\s*>|\Z)")
 # forms and navigation, or what goes by that name (not "has-sidebar"); <body> is what it holds.
 # A form around a whole page is none. What never ends is not found, so it hides nothing.
 ASIDE = regex.compile(
     r"(?is)<(?:(?<t>nav|footer|aside|select|button|dialog|template|svg|video|audio"
-    r"|form(?!(?:(?!</form|<h[12]\b).)*<h[12]\b))\b|(?<t>div|section|header|[uo]l|p|span|a|td|table)"
+    r"|form(?!(?:(?!</form|<h[12]\b).)*<h[12]\b))\b|(?<t>div|section|header|details|[uod]l|p|span|a|td|table)"
     r"\b(?=[^<>]*\b(?:class|id|role)\s*=[^=<>]*(?<![\w-])(?:nav|navbar|navigation|menu|sidebar"
-    r"|footer|search|breadcrumbs?|pagination|sphinxsidebar|related|cookies?|headerlink|linenos)"
+    r"|footer|search|breadcrumbs?|pagination|sphinxsidebar|related|cookies?|toc|headerlink|linenos)"
     r"(?![\w-])))" + END + r"(?<body>(?:[^<]++|<(?!/?(?P=t)\b)|<(?P=t)\b" + END
     + r"(?&body)</(?P=t)\s*>)*+)</(?P=t)\s*>")
+# a list of nothing but links, lists of them inside it or not
+INLINE = rf"(?:\s|</?(?:p|div|span|b|strong|code)\b{END})*+"
+MENU = regex.compile(
+    rf"(?is)(?<menu><[uod]l\b{END}(?:\s*+<(?:li|d[td])\b{END}{INLINE}<a\b{END}(?:(?!</a>|<li\b).)*+"
+    rf"</a>{INLINE}(?:</d[td]>)?(?:\s*<dd>)?(?&menu)?{INLINE}(?:</(?:li|d[td])>)?)++\s*</[uod]l>)")
 BREAK = regex.compile(
-    r"(?i) ?</?(?:(?<line>br|li|d[td]|tr)|p|div|h[1-6]|[uod]l|table|blockquote|pre|section|article"
-    r"|main|header|hr|figure|figcaption|address|details|summary|caption)\b" + END)
+    r"(?i) ?<(?:(?<line>br|li|d[td]|tr)|/?(?:p|div|h[1-6]|[uod]l|table|blockquote|pre|section|article"
+    r"|main|header|hr|figure|figcaption|address|details|summary|caption))\b" + END)
 # the bytes of a UTF-8 character, each as the letter that it is in Windows-1252
 MOJIBAKE = regex.compile(r"[ÂÃ][\x80-\xbf€ƒ†‡‰ŠŒŽ™š›œžŸ]|[à-ï]@@|[ð-ô]@@@".replace(
     "@", "[\x80-\xbf€‚ƒ„…†‡ˆ‰Š‹ŒŽ‘’“”•–—˜™š›œžŸ]"))
@@ -891,7 +896,7 @@ ENGLISH = frozenset("the an of in to is are and for was with on at my it that by
 
 def as_line(row) -> str:
     """A table's row as "cell | cell"; but pages were laid out with tables once, and code is."""
-    _, *cells = regex.split("(?i)<t[dh]\\b" + END, row[0])
+    _, *cells = regex.split(r"(?i)(?:</t[dh]>\s*)?<t[dh]\b" + END, row[0])
     if len(row[0]) < 2000 and "<pre" not in row[0]:
         return "<tr>" + " | ".join(BREAK.sub(" ", cell).strip() for cell in cells)
     return "<p>".join(["", *cells])
@@ -900,15 +905,16 @@ def as_line(row) -> str:
 def extract_text(page: str) -> str:
     """正文提取: what an HTML page shows, paragraphs parted by empty lines; no scripts, forms, menus."""
     page = ASIDE.sub("<p>", NO_TEXT.sub("", page))
+    page = MENU.sub(lambda menu: "<p>" if menu[0].count("</a>") > 4 else menu[0], page)
     page = regex.sub(r"(?<=\p{Han})\s*\n\s*(?=\p{Han})", "", page)  # is no blank in Chinese
     # HTML's blanks are one, but those of a program stay
     page = regex.sub(r"(?is)(<pre\b.*?</pre)|[ \t\r\n\f]{2,}|[\t\r\n\f]",
                      lambda match: (match[1] or " ").replace("  ", "\xa0\xa0"), page)
-    page = regex.sub(r"(?is)<tr\b.*?(?=</?tr\b|</table)", as_line, page)
+    page = regex.sub(r"(?is)<tr\b.*?(?=<tr\b|</tr|</table)", as_line, page)
     page = BREAK.sub(lambda match: "\n" if match["line"] else "\n\n", page)
     text = html.unescape(regex.sub("<[!?/a-zA-Z]" + END, "", page))
-    text = regex.sub(r"[ ¶§]*\n *", "\n", text).replace("\xa0", " ")
-    return regex.sub(r"\n{3,}", "\n\n", text).strip(" \n¶§")
+    text = regex.sub(r" *\n *", "\n", text).replace("\xa0", " ")
+    return regex.sub(r"\n{3,}", "\n\n", text).strip()
 
 
 def repaired(text: str) -> str:
