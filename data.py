@@ -864,27 +864,29 @@ class Tokens:
 # ======================================================================== cleaning (清洗)
 
 BAD_URL = regex.compile(r"https?://[^/]*(casino|warez|adult|lottery)")
-# how a tag ends: its quotes may hold ">", and one of them may be missing
-END = r"(?>(?:[^<>\"']|\"[^\"]{0,999}\"|'[^']{0,999}')*+>|[^<>]*>)"
+# how a tag ends: its quotes may hold ">", and the last of them or the page may be cut off
+END = r"(?>(?:[^<>\"']|\"[^\"]{0,999}\"|'[^']{0,999}')*+>|[^<>]*(?:>|\Z))"
 NO_TEXT = regex.compile(r"(?is)<!--.*?(?:-->|\Z)|<a\b[^<>]*>\s*[#¶§]\s*</a>"
                         r"|<(script|style|title|textarea|iframe|noscript)\b.*?(?:</\1\s*>|\Z)")
-# forms and navigation, or what goes by that name (not "has-sidebar"); <body> is what it holds.
-# A form around a whole page is none. What never ends is not found, so it hides nothing.
+# forms (a form around a whole page is none) and navigation, or what goes by that name (but not
+# "has-sidebar"); <body> holds its like inside it. What never ends is not found: it hides nothing.
 ASIDE = regex.compile(
-    r"(?is)<(?:(?<t>nav|footer|aside|select|button|dialog|template|svg|video|audio"
-    r"|form(?!(?:(?!</form|<h[12]\b).)*<h[12]\b))\b|(?<t>div|section|header|details|[uod]l|p|span|a|td|table)"
-    r"\b(?=[^<>]*\b(?:class|id|role)\s*=[^=<>]*(?<![\w-])(?:nav|navbar|navigation|menu|sidebar"
-    r"|footer|search|breadcrumbs?|pagination|sphinxsidebar|related|cookies?|toc|headerlink|linenos)"
-    r"(?![\w-])))" + END + r"(?<body>(?:[^<]++|<(?!/?(?P=t)\b)|<(?P=t)\b" + END
-    + r"(?&body)</(?P=t)\s*>)*+)</(?P=t)\s*>")
+    r"(?is)<(nav|footer|aside|select|button|dialog|template|svg|video|audio"
+    r"|form(?!(?:(?!</?form|<h[12]\b).)*<h[12]\b))\b(?:[^<]++|<(?!/?\1\b))*+</\1\s*>"
+    r"|<(?<t>div|section|header|details|[uod]l|span|a|td|table)\b(?=[^<>]*\b(?:class|id|role)\s*="
+    r"[^=<>]*(?<![\w-])(?:nav|navbar|navigation|menu|sidebar|footer|search|breadcrumbs?|pagination"
+    rf"|sphinxsidebar|cookies?|toc|headerlink|linenos)(?![\w-])){END}(?<body>(?:[^<]++"
+    rf"|<(?!/?(?P=t)\b)|<(?P=t)\b{END}(?&body)</(?P=t)\s*>)"
+    r"{0,2000}+)</(?P=t)\s*>")
 # a list of nothing but links, lists of them inside it or not
 INLINE = rf"(?:\s|</?(?:p|div|span|b|strong|code)\b{END})*+"
 MENU = regex.compile(
-    rf"(?is)(?<menu><[uod]l\b{END}(?:\s*+<(?:li|d[td])\b{END}{INLINE}<a\b{END}(?:(?!</a>|<li\b).)*+"
-    rf"</a>{INLINE}(?:</d[td]>)?(?:\s*<dd>)?(?&menu)?{INLINE}(?:</(?:li|d[td])>)?)++\s*</[uod]l>)")
+    rf"(?is)(?<menu><[uod]l\b{END}(?:\s*+<(?:li|d[td])\b{END}{INLINE}<a\b{END}(?:(?!</a>|<li\b)"
+    rf".)*+</a>{INLINE}(?:</dt>\s*<dd>)?(?&menu)?{INLINE}(?:</(?:li|d[td])>)?)++\s*</[uod]l>)")
 BREAK = regex.compile(
-    r"(?i) ?<(?:(?<line>br|li|d[td]|tr)|/?(?:p|div|h[1-6]|[uod]l|table|blockquote|pre|section|article"
-    r"|main|header|hr|figure|figcaption|address|details|summary|caption))\b" + END)
+    r"(?i) ?<(?:(?<line>br|li|d[td]|tr)|/?(?:p|div|h[1-6]|[uod]l|table|blockquote|pre|section"
+    r"|main|article|header|nav|aside|footer|form|hr|figure|figcaption|address|details|summary"
+    r"|caption))\b" + END)
 # the bytes of a UTF-8 character, each as the letter that it is in Windows-1252
 MOJIBAKE = regex.compile(r"[ÂÃ][\x80-\xbf€ƒ†‡‰ŠŒŽ™š›œžŸ]|[à-ï]@@|[ð-ô]@@@".replace(
     "@", "[\x80-\xbf€‚ƒ„…†‡ˆ‰Š‹ŒŽ‘’“”•–—˜™š›œžŸ]"))
@@ -903,14 +905,14 @@ def as_line(row) -> str:
 
 
 def extract_text(page: str) -> str:
-    """正文提取: what an HTML page shows, paragraphs parted by empty lines; no scripts, forms, menus."""
+    """正文提取: what an HTML page shows, paragraphs parted by empty lines; no forms, no menus."""
     page = ASIDE.sub("<p>", NO_TEXT.sub("", page))
     page = MENU.sub(lambda menu: "<p>" if menu[0].count("</a>") > 4 else menu[0], page)
-    page = regex.sub(r"(?<=\p{Han})\s*\n\s*(?=\p{Han})", "", page)  # is no blank in Chinese
+    page = regex.sub(r"(\p{Han})[ \t\r]*+\n\s*+(?=\p{Han})", r"\1", page)  # Chinese has no blanks
     # HTML's blanks are one, but those of a program stay
     page = regex.sub(r"(?is)(<pre\b.*?</pre)|[ \t\r\n\f]{2,}|[\t\r\n\f]",
                      lambda match: (match[1] or " ").replace("  ", "\xa0\xa0"), page)
-    page = regex.sub(r"(?is)<tr\b.*?(?=<tr\b|</tr|</table)", as_line, page)
+    page = regex.sub(r"(?is)<tr\b.*?(?=<tr\b|</tr|</table|\Z)", as_line, page)
     page = BREAK.sub(lambda match: "\n" if match["line"] else "\n\n", page)
     text = html.unescape(regex.sub("<[!?/a-zA-Z]" + END, "", page))
     text = regex.sub(r" *\n *", "\n", text).replace("\xa0", " ")
@@ -972,7 +974,7 @@ def parting(text: str) -> str:
 
 
 def is_repetitive(text: str) -> bool:
-    """重复: two fifths of it are repeated lines, or its start packs to a quarter: a machine's list."""
+    """重复: two fifths of it are repeated lines, or its start packs to a quarter: a program's."""
     lines = text.split("\n")
     start = text[:4000].encode()
     packed = len(start) > 500 and len(zlib.compress(start, 1)) < 0.25 * len(start)
@@ -1116,51 +1118,50 @@ class Seen:
         return mark.join(new)
 
 
-class Quality:
-    """质量分类: logistic regression over hashed words and pairs of words (D0 语料过滤), trained by
-    gradient steps on texts that a person calls good and bad; called with a text, P(good)."""
+def classifier(good: list[str], bad: list[str], steps: int = 300, rate: float = 30.0):
+    """质量分类: returns the function text -> P(good) of a logistic regression over hashed words and
+    pairs of words (D0 语料过滤), trained by gradient steps on texts that a person sorted."""
+    weights = np.zeros(2**18)
 
-    def __init__(self, good: list[str], bad: list[str], steps: int = 300, rate: float = 30.0):
-        self.weights = np.zeros(2**18)
-        ids, values = zip(*map(self.features, good + bad))
-        rows = np.repeat(np.arange(len(ids)), [len(row) for row in ids])
-        ids, values = np.concatenate(ids), np.concatenate(values)
-        counts = [len(good), len(bad)]
-        labels = np.repeat([1.0, 0.0], counts)
-        shares = np.repeat(0.5 / np.array(counts), counts)  # both sides weigh the same
-        for _ in range(steps):
-            p = 1 / (1 + np.exp(-np.bincount(rows, values * self.weights[ids])))
-            errors = shares * (labels - p)
-            self.weights += rate * np.bincount(ids, values * errors[rows], len(self.weights))
-
-    def features(self, text: str) -> tuple[np.ndarray, np.ndarray]:
+    def features(text):
         """The numbers of its n-grams and 1 + ln(count) of each, as a vector of length 1."""
         words = regex.findall(r"\p{Han}|[^\W\p{Han}]+|[^\w\s]", text.lower()) or [""]
         grams = Counter(words + [" ".join(pair) for pair in zip(words, words[1:])])
-        ids = [zlib.crc32(gram.encode()) % len(self.weights) for gram in grams]
+        ids = [zlib.crc32(gram.encode()) % len(weights) for gram in grams]
         values = 1 + np.log(list(grams.values()))
         return np.array(ids), values / np.linalg.norm(values)
 
-    def __call__(self, text: str) -> float:
-        ids, values = self.features(text)
-        return 1 / (1 + np.exp(-values @ self.weights[ids]))
+    ids, values = zip(*map(features, good + bad))
+    rows = np.repeat(np.arange(len(ids)), [len(row) for row in ids])
+    ids, values = np.concatenate(ids), np.concatenate(values)
+    labels = np.repeat([1.0, 0.0], [len(good), len(bad)])
+    # both sides weigh the same, however many they are
+    shares = np.where(labels == 1, 0.5 / len(good), 0.5 / len(bad))
+    for _ in range(steps):
+        errors = labels - 1 / (1 + np.exp(-np.bincount(rows, values * weights[ids])))
+        weights += rate * np.bincount(ids, values * (shares * errors)[rows], len(weights))
+
+    def probability(text):
+        ids, values = features(text)
+        return 1 / (1 + np.exp(-values @ weights[ids]))
+    return probability
 
 
-def cleaning_steps(threshold: float = 0.6, languages=("zh", "en"), is_good=None) -> dict:
+def cleaning_steps(near: float = 0.6, languages=("zh", "en"), is_good=None) -> dict:
     """{name: what it leaves of a text, "" to drop the page}; the first two take the page itself.
 
     Steps and their order: D0 4.2.1, D1 预处理, D4 2.3.1. A page is a near duplicate if it shares
-    `threshold` of its minhash() with an earlier one; sought among pages, for short texts share
-    their templates.
+    `near` of its minhash() with an earlier one; sought among pages, for short texts share their
+    templates.
     """
     def unless(is_bad):
         return lambda text: "" if is_bad(text) else text
 
-    seen = Seen(threshold)
+    seen = Seen(near)
     return {
-        "URL filter 网址过滤": unless(lambda page: BAD_URL.match(page.get("url") or "")),
-        "text extraction 正文提取": lambda page: extract_text(page["html"]) if "html" in page
-        else page["text"],
+        "URL filter 网址过滤": unless(lambda page: BAD_URL.match(text_of(page, "url"))),
+        "text extraction 正文提取":
+            lambda page: extract_text(text_of(page, "html")) or text_of(page, "text"),
         "encoding repair 编码修复": repaired,
         "normalisation 规范化": normalise,
         "language filter 语言过滤": unless(lambda text: language(text) not in languages),
@@ -1906,16 +1907,17 @@ def read_pages(paths: list[str], lines: bool, out: Path):
                 continue
             if kind in (".jsonl", ".json"):
                 for where, record in read_json(str(path)):
-                    if not text_of(record, "html", "text"):
+                    if str not in (type(record.get("html")), type(record.get("text"))):
                         raise SystemExit(f'{where}: needs a text "html" or "text"; it has '
                                          f"{', '.join(record) or 'no fields'}")
                     yield {"source": str(path)} | record
                 continue
+            name = "html" if kind in kinds[:3] else "text"
             try:
                 with open(path, "rb") as file:
                     for raw in file if lines and kind == ".txt" else [file.read()]:
-                        name = "html" if kind in kinds[:3] else "text"
-                        yield {"source": str(path), name: decoded(raw)}
+                        if raw.strip():
+                            yield {"source": str(path), name: decoded(raw)}
             except OSError as error:
                 raise SystemExit(f"{path}: {error.strerror or error}; give a file or a folder")
 
@@ -1942,14 +1944,13 @@ def train_quality(args):
     """Whether a text is good enough, as --good and --bad teach; a fifth of them tests it."""
     sides = []
     for path in (args.good, args.bad):
-        first = dict(list(cleaning_steps().items())[:4])  # up to normalised text
+        first = dict([*cleaning_steps().items()][:4])  # up to normalised text
         pages = read_pages(path.split(","), args.lines, Path(args.out))
         sides.append([text for _, text in sieve(pages, first, {})])
         if len(sides[-1]) < 5:
             raise SystemExit(f"{path}: {len(sides[-1])} texts; --good and --bad need 5 at least "
                              "(--lines takes each line of a .txt as one)")
-    kept = [[text for i, text in enumerate(texts) if i % 5] for texts in sides]
-    quality = Quality(*kept)
+    quality = classifier(*([text for i, text in enumerate(texts) if i % 5] for texts in sides))
     right = [(quality(text) >= args.quality) == (side == 0)
              for side in (0, 1) for text in sides[side][::5]]
     print(f"quality: {sum(right)} of {len(right)} examples not trained on are told right")
@@ -1960,7 +1961,7 @@ def write_clean(args):
     """Cleans what is given, page by page, and prints what each rule dropped."""
     out = Path(args.out)
     is_good = train_quality(args) if args.good else None
-    steps = cleaning_steps(languages=args.languages.split(","), is_good=is_good)
+    steps = cleaning_steps(args.near, args.languages.split(","), is_good)
     funnel = {}
     pages = counted(read_pages(args.inputs, args.lines, out), funnel)
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -2017,6 +2018,7 @@ def main():
     flag("--n", type=int, default=3, help="how many to show")
     flag("--lines", action="store_true", help="each line of a .txt is a document (clean)")
     flag("--languages", default="zh,en", help="that are kept: zh, en or both (clean)")
+    flag("--near", type=float, default=0.6, help="shared text of a near duplicate (clean)")
     flag("--good", default="", help="examples of good texts, for a classifier (clean)")
     flag("--bad", default="", help="examples of bad texts (clean)")
     flag("--quality", type=float, default=0.5, help="the least P(good) that is kept (clean)")

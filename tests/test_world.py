@@ -1,5 +1,6 @@
 """The default world, its judge, its crawl and cleaning: small sizes, every promise checked."""
 
+import json
 import re
 import subprocess
 import sys
@@ -364,6 +365,222 @@ def test_minhash_estimates_what_two_texts_share_within_an_eighth():
         true = len(sets[0] & sets[1]) / max(map(len, sets))
         samples = set(world.minhash(first)), set(world.minhash(second))
         assert abs(len(samples[0] & samples[1]) / 128 - true) < 0.12
+
+
+# ---------------------------------------------------------------- pages and texts of one's own
+
+PAGE = """<!DOCTYPE html><html><head><title>no</title><script>if (a<b) {write("<p>no</p>")}</script>
+<style>p {no: 0}</style></head><body class="has-sidebar"><!-- <p>no</p> -->
+<nav><ul><li><a title="a > b">no</a></ul></nav><div class="top menu"><div>no</div>no</div>
+<header><h1>How to bake<a href=#how> ¶ </a></h1></header><div>First &amp; last</div>
+<ul><li>Two <b>eg</b>gs</li>
+<li>Flour</li></ul><p>One<br>two<p>unclosed <b>bold <i>both</b></i> end</p></div>
+<table><tr><th>Name<th>Price<tr><td><p>Egg</p></td>
+<td>3 &euro;</td></tr></table><pre>def f(x):
+    if x &lt; 3:
+        return</pre>
+<form>no <input><label>no</label></form><form><h1>A page's form</h1>stays</form>
+<ol><li><a>no</a><li><a>no</a><ul><li><p><a>no</a></p></li></ul><li><a>no</a><li><a>no</a></ol>
+<ul><li><a>Link</a> and text</li></ul><p>中文
+第二行 a
+b</p><a title='it"s'>odd</a> <a title="x>after</a><footer>no</footer>
+<nav>never ended<p>1 < 2 &lt;p&gt; &nonsense; The end."""
+SHOWN = """How to bake
+
+First & last
+
+Two eggs
+Flour
+
+One
+two
+
+unclosed bold both end
+
+Name | Price
+Egg | 3 €
+
+def f(x):
+    if x < 3:
+        return
+
+A page's form
+
+stays
+
+Link and text
+
+中文第二行 a b
+
+odd after
+
+never ended
+
+1 < 2 <p> &nonsense; The end."""
+
+
+def test_a_page_becomes_lines_and_paragraphs_however_it_is_nested():
+    assert world.extract_text(PAGE) == SHOWN
+    long = "<table><tr><td><h1>A page laid out</h1><p>as a table." + " So it was." * 300 + "<td>menu"
+    assert world.extract_text(long).split("\n\n")[:2] == [
+        "A page laid out", "as a table." + " So it was." * 300]
+    assert world.extract_text("<nav>" * 2000 + "text" + "<div class=nav>" * 20) == "text"
+    for text in ("", "<", "<p", "<p title='", "</p></p>", "<!--", "&#0; &"):
+        assert "<p" not in world.extract_text(text)
+
+
+@pytest.mark.parametrize("wrong, right", [
+    ("It’s “naïve” — 中文", None), ("CAFÉ” et «É» 10² ½", None), ("你好,世界。这是正常的文字。", None),
+    ("Ihr naÃ¯ver CafÃ©", "Ihr naïver Café"), ("&apos;A&apos; &amp; &lt;b>", "'A' &amp; &lt;b>"),
+    ("It’s “naïve”".encode().decode("cp1252", "ignore"), "It’s “naïve"),
+    ("编码修复测试".encode().decode("gb18030"), "编码修复测试")])
+def test_text_in_a_wrong_encoding_is_repaired_and_no_other_is_touched(wrong, right):
+    assert world.repaired(wrong).rstrip("â€") == (right or wrong)
+    assert "10² x₂ ½" in world.normalise("１０：10² x₂ ½") and "10:" in world.normalise("１０：10²")
+
+
+@pytest.mark.parametrize("text, masked", [
+    ("11010519491231002X 990000199901010003", "[id] 990000199901010003"),
+    ("4111 1111 1111 1111, 378282246310005", "[card], [card]"),
+    ("4111 1111 1111 1112 978-0-306-40615-7", None), ("9780306406157 1700000000000", None),
+    ("13912345678 +86 139-1234-5678 010-12345678", "[phone] [phone] [phone]"),
+    ("+44 20 7946 0958, (780) 800-7092, 780.800.7092", "[phone], [phone], [phone]"),
+    ("1-800-555-0199 from 203.0.113.77.", "[phone] from [ip]."),
+    ("1.2.3.4 v10.20.30.40 version 12.0.0.1 300.1.1.1 127.0.0.1 192.168.0.10", None),
+    ("in 2019 2020 2021 2022, 3.14159265358979, $1,234,567.89, 12:30:45, 2024-01-15", None),
+    ("10912345678 0.13912345678 913912345678 13912345678901234567", None),
+    ("x.y+z@mail.example.org pip@24.0 logo@2x a@b", "[email] pip@24.0 logo@2x a@b")])
+def test_personal_data_is_masked_and_ordinary_numbers_stay(text, masked):
+    assert world.mask_personal(text) == (masked or text)
+
+
+PROSE = "The cat sat on the mat. It is an old cat that likes to sit in the sun, and nobody minds."
+
+
+@pytest.mark.parametrize("step, text", [
+    ("URL", None), ("text", ""), ("language", "El perro corre por la calle con los niños. " * 4),
+    ("garbled", "锟斤拷" * 30 + "\ufffd" * 9), ("adverts", "Click here to win!\nBuy now!\n" + PROSE),
+    ("too short", "404"), ("symbols", "12 | 45 | 67 of 89 = 3\n" * 9),
+    ("repetition", "The same line again and again.\n" * 9 + PROSE),
+    ("repetition", "".join(f"Access all records of number 555-{i} now!\n" for i in range(50))),
+    ("no sentences", "Home of the house\nAbout this and that\nContact for the news of the town"),
+    ("exact", PROSE.upper() + "!"), ("near", PROSE.replace("minds", "cares") * 2)])
+def test_each_rule_drops_its_page_and_only_that(step, text):
+    page = {"url": "https://casino.example/" if text is None else "", "text": text or ""}
+    first = PROSE + PROSE.replace("minds", "cares") if step == "near" else PROSE
+    documents, funnel = world.clean([{"text": first}, page], show=1)
+    assert documents == [first]
+    [dropped] = [name for name, row in funnel.items() if row["dropped"]]
+    assert dropped.startswith(step)
+
+
+def test_adverts_go_by_sentences_and_repeated_paragraphs_unless_they_are_short():
+    assert world.without_adverts(PROSE + " Click here for more. " + PROSE) == PROSE + " " + PROSE
+    texts = [f"{PROSE} {word}\n\nYes.\n\nAll of this belongs to the Cat Company\n\nEnd of {word}"
+             for word in ("sun " * 30, "moon", "stars and planets " * 9)]
+    kept = [text for _, text in world.sieve(
+        [{"text": text} for text in texts], world.cleaning_steps(near=0.99), {})]
+    assert "Cat Company" in kept[0] and "Yes." in kept[1]
+    assert not any("Cat Company" in text for text in kept[1:]) and len(kept) == 3
+
+
+def test_cleaning_takes_one_page_after_another_and_keeps_no_text():
+    steps, read = world.cleaning_steps(), []
+    pages = ({"text": read.append(text) or text} for text in small()["documents"][:99])
+    next(world.sieve(pages, steps, {}))
+    assert len(read) < 9
+    seen = world.Seen(0.6)
+    for text in read:
+        seen.new_lines(seen.unlike(seen.new_text(text)))
+    assert not any(text in repr(vars(seen)) for text in read)
+
+
+def test_the_classifier_tells_held_out_texts_and_its_sign_is_right():
+    rng = world.Random(0)
+    good = small()["documents"][:60]
+    bad = [" ".join(rng.sample(text.split() + ["best", "cheap", "优惠"] * 3, 5)) for text in good]
+    good_enough = world.classifier(good[:40], bad[:40])
+    assert sum(good_enough(text) > 0.5 for text in good[40:]) >= 18
+    assert sum(good_enough(text) < 0.5 for text in bad[40:]) >= 18
+    few = world.classifier(good[:40], bad[:4])  # no side wins by its number
+    assert sum(few(text) < 0.5 for text in bad[40:]) >= 15
+
+
+def command(monkeypatch, words):
+    monkeypatch.setattr(sys, "argv", ["data.py", "clean", *map(str, words)])
+    world.main()
+
+
+def test_the_command_cleans_files_and_folders_and_ends_with_the_funnel(tmp_path, monkeypatch, capsys):
+    folder = tmp_path / "in" / "deep"
+    folder.mkdir(parents=True)
+    (folder / "a.html").write_text(f"<meta charset=gbk><p>{PROSE}<p>中文网页。", "gbk")
+    (folder / "b.txt").write_text("这是一个很长的中文句子,说的是天气和道路,还有城里的人们。" * 3, "gb18030")
+    (folder / "skipped.css").write_text("p {}")
+    rows = [{"html": f"<p>Another page of the cat.<p>{PROSE} 7", "source": "web", "n": 1},
+            {"text": "short"}, {"text": PROSE + "\n\nCall the cat on 13912345678.", "url": "https://x"}]
+    (tmp_path / "c.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    out = tmp_path / "in" / "out.jsonl"
+    for _ in range(2):  # the second time its own output lies in the folder
+        command(monkeypatch, [tmp_path / "in", tmp_path / "c.jsonl", "--out", out, "--near", 0.9,
+                              "--show-dropped", 2])
+        kept = [record for _, record in world.read_json(str(out))]
+        assert [(r["source"], r.get("n"), r.get("url")) for r in kept] == [
+            (str(folder / "a.html"), None, None), (str(folder / "b.txt"), None, None),
+            ("web", 1, None), (str(tmp_path / "c.jsonl"), None, "https://x")]
+        assert kept[0]["text"].endswith("\n\n中文网页。") and kept[1]["text"][:2] == "这是"
+        assert "[phone]" in kept[3]["text"] and "html" not in kept[2]
+        said = capsys.readouterr().out.splitlines()
+        assert "too short 过短: " + str(tmp_path / "c.jsonl") + ": short" in said
+        assert any("the cat on 13912345678. -> " in line and "on [phone]" in line for line in said)
+        assert said[-18].split() == ["rule", "dropped", "share", "changed", "left", "bytes", "left"]
+        row = [line.split() for line in said if line.startswith("too short")][-1]
+        assert row[3:7] == ["1", "20.0%", "0", "4"] and said[-1] == f"{out}: 4 documents"
+    command(monkeypatch, [tmp_path / "c.jsonl", "--out", out, "--languages", "en", "--lines"])
+    assert not list(tmp_path.glob("**/*.part"))
+
+
+def test_the_command_learns_from_examples_and_counts_those_kept_back(tmp_path, monkeypatch, capsys):
+    texts = small()["documents"][:100]
+    good, bad, mixed = (tmp_path / f"{name}.txt" for name in ("good", "bad", "mixed"))
+    spam = ["Best cheap watches for you and the best price of the year, " + text for text in texts]
+    good.write_text("\n".join(text.replace("\n", " ") for text in texts[:50]))
+    bad.write_text("\n".join(text.replace("\n", " ") for text in spam[:50]))
+    mixed.write_text("\n".join(text.replace("\n", " ") for text in texts[50:] + spam[50:]))
+    out = tmp_path / "out.jsonl"
+    command(monkeypatch, [mixed, "--lines", "--good", good, "--bad", bad, "--out", out, "--near", 1])
+    said = capsys.readouterr().out
+    assert int(re.search(r"quality: (\d+) of 20 examples", said)[1]) >= 18
+    kept = [record["text"] for _, record in world.read_json(str(out))]
+    assert kept and sum("Best cheap" in text for text in kept) <= 0.1 * len(kept)
+    with pytest.raises(SystemExit, match="nothing is left; most fell to 'class"):
+        command(monkeypatch, [mixed, "--lines", "--good", good, "--bad", bad, "--quality", 1.1,
+                              "--out", out])
+
+
+@pytest.mark.parametrize("name, content, words, message", [
+    ("gone.txt", None, [], "gone.txt: No such file"), ("a.jsonl", '{"text": "a"}\n{', [], "a.jsonl:2: not valid"),
+    ("a.jsonl", '{"txt": "a"}', [], 'a.jsonl:1: needs a text "html" or "text"; it has txt'),
+    ("a.jsonl", '\n{"text": "a"}\n', [], "nothing is left; most fell to 'too short"),
+    ("a.txt", PROSE, ["--good", "{}", "--bad", "{}"], "a.txt: 1 texts; --good and --bad need 5"),
+    ("a.jsonl", b'{"text": "\xff"}', [], "a.jsonl:1: not UTF-8"), ("", "", [], "holds no file")])
+def test_the_command_refuses_in_one_line(tmp_path, monkeypatch, name, content, words, message):
+    path = tmp_path / "in" / name
+    (tmp_path / "in").mkdir()
+    if name and content is not None:
+        path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(SystemExit) as stop:
+        command(monkeypatch, [path, "--out", tmp_path / "o", *(w.format(path) for w in words)])
+    assert message in str(stop.value) and "\n" not in str(stop.value)
+
+
+def test_progress_is_a_line_every_ten_seconds_in_a_log(monkeypatch, capsys):
+    clock = iter(range(0, 1000, 4))
+    monkeypatch.setattr(world.time, "time", lambda: next(clock))
+    pages = [{"source": f"s{i}"} for i in range(9)]
+    assert list(world.counted(pages, {"last": {"pages": 5}})) == pages
+    assert capsys.readouterr().out == (
+        "3 read, 5 kept, 0 a second: s2\n6 read, 5 kept, 0 a second: s5\n9 read, 5 kept, 0 a second: s8\n")
 
 
 # ---------------------------------------------------------------- the world is not too easy
