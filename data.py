@@ -866,6 +866,7 @@ class Tokens:
 BAD_URL = regex.compile(r"https?://[^/]*(casino|warez|adult|lottery)")
 # how a tag ends: its quotes may hold ">", and the last of them or the page may be cut off
 END = r"(?>(?:[^<>\"']|\"[^\"]{0,999}\"|'[^']{0,999}')*+>|[^<>]*(?:>|\Z))"
+TAG = regex.compile("<[!?/a-zA-Z]" + END)
 NO_TEXT = regex.compile(r"(?is)<!--.*?(?:-->|\Z)|<a\b[^<>]*>\s*[#¶§]\s*</a>"
                         r"|<(script|style|title|textarea|iframe|noscript)\b.*?(?:</\1\s*>|\Z)")
 # forms (a form around a whole page is none) and navigation, or what goes by that name (but not
@@ -899,9 +900,10 @@ ENGLISH = frozenset("the an of in to is are and for was with on at my it that by
 def as_line(row) -> str:
     """A table's row as "cell | cell"; but pages were laid out with tables once, and code is."""
     _, *cells = regex.split(r"(?i)(?:</t[dh]>\s*)?<t[dh]\b" + END, row[0])
-    if len(row[0]) < 2000 and "<pre" not in row[0]:
-        return "<tr>" + " | ".join(BREAK.sub(" ", cell).strip() for cell in cells)
-    return "<p>".join(["", *cells])
+    if len(row[0]) > 2000 or regex.search(r"(?i)<(pre|[uod]l|h[1-6])\b", row[0]):
+        return "<p>".join(["", *cells])
+    cells = [TAG.sub("", BREAK.sub(" ", cell)).strip() for cell in cells]
+    return "<tr>" + " | ".join(cells) if any(cells) else ""
 
 
 def extract_text(page: str) -> str:
@@ -914,9 +916,15 @@ def extract_text(page: str) -> str:
                      lambda match: (match[1] or " ").replace("  ", "\xa0\xa0"), page)
     page = regex.sub(r"(?is)<tr\b.*?(?=<tr\b|</tr|</table|\Z)", as_line, page)
     page = BREAK.sub(lambda match: "\n" if match["line"] else "\n\n", page)
-    text = html.unescape(regex.sub("<[!?/a-zA-Z]" + END, "", page))
+    text = html.unescape(TAG.sub("", page))
     text = regex.sub(r" *\n *", "\n", text).replace("\xa0", " ")
     return regex.sub(r"\n{3,}", "\n\n", text).strip()
+
+
+def as_read(text: str) -> str:
+    """A text that was taken from a page with some of its entities."""
+    names = r"&(?:apos|quot|nbsp|[lr][sd]quo|#\d+);"
+    return regex.sub(names, lambda match: html.unescape(match[0]), text) if "&" in text else text
 
 
 def repaired(text: str) -> str:
@@ -925,10 +933,9 @@ def repaired(text: str) -> str:
         letters = [letter.encode("cp1252" if letter > "\xff" else "latin-1") for letter in match[0]]
         return b"".join(letters).decode("utf-8", "ignore") or match[0]
 
-    if "&" in text:  # written out twice
-        names = r"&(?:apos|quot|nbsp|[lr][sd]quo|#\d+);"
-        text = regex.sub(names, lambda match: html.unescape(match[0]), text)
-    text = text if text.isascii() else MOJIBAKE.sub(character, text)
+    broken = sum(map(len, MOJIBAKE.findall(text))) if not text.isascii() else 0
+    if 2 * broken > sum(letter > "\x7f" for letter in text):  # else it is told about
+        text = MOJIBAKE.sub(character, text)
     try:
         return text.encode("gb18030").decode("utf-8")
     except UnicodeError:  # as it should be
@@ -974,11 +981,11 @@ def parting(text: str) -> str:
 
 
 def is_repetitive(text: str) -> bool:
-    """重复: two fifths of it are repeated lines, or its start packs to a quarter: a program's."""
+    """重复: half of it is repeated lines, or its start packs to a fifth: a machine's list."""
     lines = text.split("\n")
     start = text[:4000].encode()
-    packed = len(start) > 500 and len(zlib.compress(start, 1)) < 0.25 * len(start)
-    return packed or sum(map(len, set(lines))) < 0.6 * sum(map(len, lines))
+    packed = len(start) > 500 and len(zlib.compress(start, 1)) < 0.2 * len(start)
+    return packed or sum(map(len, set(lines))) < 0.5 * sum(map(len, lines))
 
 
 SENTENCE = regex.compile(r"(?m)^.*(?:\p{L}[.!?](?:\s|$)|。|[.!?…;:\"'”’)」』]$).*$")  # its line
@@ -1024,10 +1031,9 @@ def is_card(number: str) -> bool:
 
 
 def is_address(number: str) -> bool:
-    """An IP address that may be somebody's: no private one, and no chapter or version 1.2.3.4."""
-    a, b, *rest = parts = [int(part) for part in number.split(".")]
-    private = a in (0, 10, 127) or (a, b) == (192, 168) or a == 172 and 16 <= b < 32
-    return 10 <= max(parts) <= 255 and not private
+    """An IP address: two parts have two digits at least, unlike chapters, versions, 127.0.0.1."""
+    parts = sorted(int(part) for part in number.split("."))
+    return parts[2] >= 10 and parts[3] <= 255
 
 
 # {tag: (a form that is no part of a longer number or decimal fraction, whether it is one)}. Phones:
@@ -1039,11 +1045,11 @@ PERSONAL = {
     "[card]": (r"(?<![\d.-])(2[2-7]|[3-6]\d)\d\d(\d{9,15}|([ -])\d{4}\3\d{4}\3\d{1,7}"
                r"|([ -])\d{6}\4\d{5})(?![\d-]|\.\d)", is_card),
     "[email]": (r"(?<![A-Za-z0-9._%+-])[A-Za-z0-9._%+-]++@([A-Za-z0-9-]+\.)+[A-Za-z]{2,}", bool),
-    "[ip]": (r"(?<!\d\.?|(?:v|version|版本) ?)\d{1,3}(\.\d{1,3}){3}(?!\.?\d)", is_address),
-    "[phone]": (r"(?<![\dA-Za-z.+-])(\+\d{1,3}([ .-]?\(?\d{1,4}\)?){2,5}"
+    "[ip]": (r"(?<!\d\.?|(?:v|version|版本|OID) ?)\d{1,3}(\.\d{1,3}){3}(?!\.?\d)", is_address),
+    "[phone]": (r"(?<![\dA-Za-z.+-])(\+[1-9]\d{0,2}([ .-]?\(?\d{1,4}\)?){2,5}"
                 r"|1[2-9]\d([ -]?)\d{4}\3\d{4}|(1[ .-])?(\d{3}-\d{3}-\d{4}|\d{3}\.\d{3}\.\d{4}"
                 r"|\(\d{3}\) ?\d{3}[ .-]\d{4})|0\d{2,3}-\d{7,8})(?![\d-]|\.\d)",
-                lambda number: 8 <= len(regex.findall(r"\d", number)) <= 15)}
+                lambda number: 9 <= len(regex.findall(r"\d", number)) <= 15)}
 
 
 def mask_personal(text: str) -> str:
@@ -1112,10 +1118,12 @@ class Seen:
         new = []
         mark = parting(text)
         for line in text.split(mark):
-            if len(line) < 16 or hash(line) not in self.lines:  # "Yes." is nobody's alone
+            # "Yes." is nobody's alone, and a program must not lose its statements
+            if len(line) < 16 or line[-1] in "{;}" or hash(line) not in self.lines:
                 new.append(line)
             self.lines.add(hash(line))
-        return mark.join(new)
+        left = mark.join(new)
+        return left if 4 * len(left) > len(text) else ""  # of a part only its joints are left
 
 
 def classifier(good: list[str], bad: list[str], steps: int = 300, rate: float = 30.0):
@@ -1161,7 +1169,7 @@ def cleaning_steps(near: float = 0.6, languages=("zh", "en"), is_good=None) -> d
     return {
         "URL filter 网址过滤": unless(lambda page: BAD_URL.match(text_of(page, "url"))),
         "text extraction 正文提取":
-            lambda page: extract_text(text_of(page, "html")) or text_of(page, "text"),
+            lambda page: extract_text(text_of(page, "html")) or as_read(text_of(page, "text")),
         "encoding repair 编码修复": repaired,
         "normalisation 规范化": normalise,
         "language filter 语言过滤": unless(lambda text: language(text) not in languages),
@@ -1894,7 +1902,7 @@ def decoded(raw: bytes) -> str:
 def read_pages(paths: list[str], lines: bool, out: Path):
     """Yields {"html" or "text", "source", ...} of files and of all files in folders, one by one:
     records of .jsonl and .json as they are, other files whole or, .txt, a line each (lines)."""
-    kinds = (".html", ".htm", ".xhtml", ".txt", ".md", ".jsonl", ".json")
+    kinds = (".html", ".htm", ".xhtml", ".txt", ".md", ".jsonl")  # .json may be anything
     for given in map(Path, paths):
         files = [given]
         if given.is_dir():

@@ -431,11 +431,14 @@ def test_a_page_becomes_lines_and_paragraphs_however_it_is_nested():
 
 @pytest.mark.parametrize("wrong, right", [
     ("It’s “naïve” — 中文", None), ("CAFÉ” et «É» 10² ½", None), ("你好,世界。这是正常的文字。", None),
-    ("Ihr naÃ¯ver CafÃ©", "Ihr naïver Café"), ("&apos;A&apos; &amp; &lt;b>", "'A' &amp; &lt;b>"),
+    ("Ihr naÃ¯ver CafÃ©", "Ihr naïver Café"), ("Latin-1 “reads” ‘é’ as Ã©.", None),
     ("It’s “naïve”".encode().decode("cp1252", "ignore"), "It’s “naïve"),
     ("编码修复测试".encode().decode("gb18030"), "编码修复测试")])
 def test_text_in_a_wrong_encoding_is_repaired_and_no_other_is_touched(wrong, right):
     assert world.repaired(wrong).rstrip("â€") == (right or wrong)
+    extract = [*world.cleaning_steps().values()][1]
+    assert extract({"text": "&apos;A&apos; &amp; &lt;b>"}) == "'A' &amp; &lt;b>"
+    assert extract({"html": "&amp;apos;"}) == "&apos;" and extract({"html": None}) == ""
     assert "10² x₂ ½" in world.normalise("１０：10² x₂ ½") and "10:" in world.normalise("１０：10²")
 
 
@@ -446,7 +449,7 @@ def test_text_in_a_wrong_encoding_is_repaired_and_no_other_is_touched(wrong, rig
     ("13912345678 +86 139-1234-5678 010-12345678", "[phone] [phone] [phone]"),
     ("+44 20 7946 0958, (780) 800-7092, 780.800.7092", "[phone], [phone], [phone]"),
     ("1-800-555-0199 from 203.0.113.77.", "[phone] from [ip]."),
-    ("1.2.3.4 v10.20.30.40 version 12.0.0.1 300.1.1.1 127.0.0.1 192.168.0.10", None),
+    ("1.2.3.4 22.1.4.1 v10.20.30.40 version 12.10.0.1 300.10.1.1 127.0.0.1 1.10.1.10.1", None),
     ("in 2019 2020 2021 2022, 3.14159265358979, $1,234,567.89, 12:30:45, 2024-01-15", None),
     ("10912345678 0.13912345678 913912345678 13912345678901234567", None),
     ("x.y+z@mail.example.org pip@24.0 logo@2x a@b", "[email] pip@24.0 logo@2x a@b")])
@@ -472,6 +475,15 @@ def test_each_rule_drops_its_page_and_only_that(step, text):
     assert documents == [first]
     [dropped] = [name for name, row in funnel.items() if row["dropped"]]
     assert dropped.startswith(step)
+
+
+def test_a_page_that_repeats_others_all_over_goes_and_programs_keep_their_lines():
+    seen = world.Seen(0.6)
+    parts = [f"Paragraph {i} says that the cat sat on the mat." for i in range(20)]
+    assert seen.new_lines("\n\n".join(parts)) and seen.new_lines("using namespace cats;\n\nNew")
+    assert seen.new_lines("using namespace cats;\n\nOther") == "using namespace cats;\n\nOther"
+    assert seen.new_lines("\n\n".join(["History", *parts, "More"])) == ""
+    assert seen.new_lines("\n\n".join([*parts[:4], "And this is new of the cat. " * 9]))[:8] == "And this"
 
 
 def test_adverts_go_by_sentences_and_repeated_paragraphs_unless_they_are_short():
@@ -518,7 +530,7 @@ def test_the_command_cleans_files_and_folders_and_ends_with_the_funnel(tmp_path,
     (folder / "b.txt").write_text("这是一个很长的中文句子,说的是天气和道路,还有城里的人们。" * 3, "gb18030")
     (folder / "skipped.css").write_text("p {}")
     rows = [{"html": f"<p>Another page of the cat.<p>{PROSE} 7", "source": "web", "n": 1},
-            {"text": "short"}, {"text": PROSE + "\n\nCall the cat on 13912345678.", "url": "https://x"}]
+            {"text": "short"}, {"text": "A cow is in the field.\n" * 2 + "Call the cat on 13912345678.", "url": "https://x"}]
     (tmp_path / "c.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     out = tmp_path / "in" / "out.jsonl"
     for _ in range(2):  # the second time its own output lies in the folder
