@@ -1184,7 +1184,7 @@ def cleaning_steps(near: float = 0.6, languages=("zh", "en"), is_good=None) -> d
 
 
 def sieve(pages, steps: dict, funnel: dict, show: int = 0):
-    """Yields (page, text) of each page ({"html" or "text", "url"?}) that no step drops, one by one.
+    """Yields (page, text) of each page ({"html" or "text", "url"?}), "" if a step drops it.
 
     Writes down in funnel[step] how many it "dropped" and "changed", of either `show` "examples"
     (page, before, after), and the "pages" and "bytes" that it left.
@@ -1204,8 +1204,7 @@ def sieve(pages, steps: dict, funnel: dict, show: int = 0):
                 break
             row["pages"] += 1
             row["bytes"] += len(text.encode()) if isinstance(text, str) else 0
-        else:
-            yield page, text
+        yield page, text
 
 
 def clean(pages: list[dict], show: int = 0) -> tuple[list[str], dict]:
@@ -1213,8 +1212,8 @@ def clean(pages: list[dict], show: int = 0) -> tuple[list[str], dict]:
 
     Returns (documents, funnel: see sieve). Pages made from its own output pass unchanged."""
     funnel = {}
-    kept = list(sieve(pages, cleaning_steps(), funnel, show))
-    return [line for _, text in kept for line in text.split("\n\n")], funnel
+    kept = [text for _, text in sieve(pages, cleaning_steps(), funnel, show) if text]
+    return [line for text in kept for line in text.split("\n\n")], funnel
 
 
 # ======================================================================== the gold judge (裁判)
@@ -1930,31 +1929,13 @@ def read_pages(paths: list[str], lines: bool, out: Path):
                 raise SystemExit(f"{path}: {error.strerror or error}; give a file or a folder")
 
 
-def counted(pages, funnel: dict):
-    """The same pages, with how far they are: a line that changes, or one every 10 s in a log."""
-    began = shown = time.time()
-    terminal = sys.stdout.isatty()
-    for count, page in enumerate(pages, 1):
-        yield page
-        now = time.time()
-        if now - shown > (0.2 if terminal else 10):
-            shown = now
-            left = [*funnel.values()][-1]["pages"]
-            line = (f"{count:,} read, {left:,} kept, {count / (now - began):,.0f} a second: "
-                    f"{page['source']}")
-            if terminal:
-                line = "\r\033[K" + line[: shutil.get_terminal_size().columns - 1]
-            print(line, end="" if terminal else "\n", flush=True)
-    print(end="\r\033[K" if terminal else "")
-
-
 def train_quality(args):
     """Whether a text is good enough, as --good and --bad teach; a fifth of them tests it."""
     sides = []
     for path in (args.good, args.bad):
         first = dict([*cleaning_steps().items()][:4])  # up to normalised text
         pages = read_pages(path.split(","), args.lines, Path(args.out))
-        sides.append([text for _, text in sieve(pages, first, {})])
+        sides.append([text for _, text in sieve(pages, first, {}) if text])
         if len(sides[-1]) < 5:
             raise SystemExit(f"{path}: {len(sides[-1])} texts; --good and --bad need 5 at least "
                              "(--lines takes each line of a .txt as one)")
@@ -1971,13 +1952,25 @@ def write_clean(args):
     is_good = train_quality(args) if args.good else None
     steps = cleaning_steps(args.near, args.languages.split(","), is_good)
     funnel = {}
-    pages = counted(read_pages(args.inputs, args.lines, out), funnel)
+    pages = read_pages(args.inputs, args.lines, out)
+    terminal = sys.stdout.isatty()
     out.parent.mkdir(parents=True, exist_ok=True)
     part = out.with_name(out.name + ".part")
+    began = shown = time.time()
     with open(part, "w", encoding="utf-8") as file:
-        for page, text in sieve(pages, steps, funnel, args.show_dropped):
+        results = sieve(pages, steps, funnel, args.show_dropped)
+        for count, (page, text) in enumerate(results, 1):
             record = {"text": text} | {k: v for k, v in page.items() if k not in ("text", "html")}
-            file.write(json.dumps(record, ensure_ascii=False) + "\n")
+            if text:
+                file.write(json.dumps(record, ensure_ascii=False) + "\n")
+            now = time.time()
+            if now - shown > (0.2 if terminal else 10):  # how far it is; in a log, now and then
+                shown = now
+                line = f"{count:,} read, {count / (now - began):,.0f} a second: {page['source']}"
+                if terminal:
+                    line = "\r\033[K" + line[: shutil.get_terminal_size().columns - 1]
+                print(line, end="" if terminal else "\n", flush=True)
+    print(end="\r\033[K" if terminal else "")
     for step, row in funnel.items():
         for page, before, after in row["examples"]:
             before = text_of(page, "html", "text") if before is page else before

@@ -491,7 +491,7 @@ def test_adverts_go_by_sentences_and_repeated_paragraphs_unless_they_are_short()
     texts = [f"{PROSE} {word}\n\nYes.\n\nAll of this belongs to the Cat Company\n\nEnd of {word}"
              for word in ("sun " * 30, "moon", "stars and planets " * 9)]
     kept = [text for _, text in world.sieve(
-        [{"text": text} for text in texts], world.cleaning_steps(near=0.99), {})]
+        [{"text": text} for text in texts], world.cleaning_steps(near=0.99), {}) if text]
     assert "Cat Company" in kept[0] and "Yes." in kept[1]
     assert not any("Cat Company" in text for text in kept[1:]) and len(kept) == 3
 
@@ -530,7 +530,8 @@ def test_the_command_cleans_files_and_folders_and_ends_with_the_funnel(tmp_path,
     (folder / "b.txt").write_text("这是一个很长的中文句子,说的是天气和道路,还有城里的人们。" * 3, "gb18030")
     (folder / "skipped.css").write_text("p {}")
     rows = [{"html": f"<p>Another page of the cat.<p>{PROSE} 7", "source": "web", "n": 1},
-            {"text": "short"}, {"text": "A cow is in the field.\n" * 2 + "Call the cat on 13912345678.", "url": "https://x"}]
+            {"text": "short"}, {"url": "https://x", "text": "A cow is in the field.\n" * 2 +
+                                "Call the cat on 13912345678."}]
     (tmp_path / "c.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     out = tmp_path / "in" / "out.jsonl"
     for _ in range(2):  # the second time its own output lies in the folder
@@ -586,13 +587,13 @@ def test_the_command_refuses_in_one_line(tmp_path, monkeypatch, name, content, w
     assert message in str(stop.value) and "\n" not in str(stop.value)
 
 
-def test_progress_is_a_line_every_ten_seconds_in_a_log(monkeypatch, capsys):
+def test_progress_is_a_line_every_ten_seconds_in_a_log(tmp_path, monkeypatch, capsys):
     clock = iter(range(0, 1000, 4))
     monkeypatch.setattr(world.time, "time", lambda: next(clock))
-    pages = [{"source": f"s{i}"} for i in range(9)]
-    assert list(world.counted(pages, {"last": {"pages": 5}})) == pages
-    assert capsys.readouterr().out == (
-        "3 read, 5 kept, 0 a second: s2\n6 read, 5 kept, 0 a second: s5\n9 read, 5 kept, 0 a second: s8\n")
+    (tmp_path / "a.txt").write_text("".join(f"{PROSE} {i}\n" for i in range(9)))
+    command(monkeypatch, [tmp_path / "a.txt", "--lines", "--out", tmp_path / "o"])
+    assert capsys.readouterr().out.split("rule ")[0].splitlines() == [
+        f"{i} read, 0 a second: {tmp_path}/a.txt" for i in (3, 6, 9)]
 
 
 # ---------------------------------------------------------------- the world is not too easy
