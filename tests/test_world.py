@@ -302,8 +302,14 @@ def test_each_steps_precision_and_recall_are_known_and_high():
     for step, (precision, recall) in scores.items():
         assert precision == 1, step
         assert recall >= (0.5 if step.startswith("exact") else 0.95), step  # "near" finds the rest
-    funnel["adverts 广告"]["examples"] = [(page, "a", "") for page in pages if not page["planted"]]
-    assert world.caught(pages, funnel)["adverts 广告"] == (0, 0)
+    pages = [{"url": what + str(i), "planted": [[what, ""]] if what else []} for i in range(4)
+             for what in ("", "bad URL", "foreign")]
+    a, b, c, d = pages[2::3]
+    good = pages[0]
+    funnel = {"URL": [pages[1], a], "language": [b, c, good]}  # d is left over, a was gone
+    funnel = {step: {"examples": [(page, "x", "") for page in found]}
+              for step, found in funnel.items()}
+    assert world.caught(pages, funnel) == {"URL": (1, 1 / 4), "language": (2 / 3, 2 / 3)}
 
 
 def test_every_clean_document_survives_untouched():
@@ -474,7 +480,7 @@ def test_each_rule_drops_its_page_and_only_that(step, text):
     documents, funnel = world.clean([{"text": first}, page], show=1)
     assert documents == [first]
     [dropped] = [name for name, row in funnel.items() if row["dropped"]]
-    assert dropped.startswith(step)
+    assert dropped.startswith(step) and funnel[dropped]["examples"][0][0] is page
 
 
 def test_a_page_that_repeats_others_all_over_goes_and_programs_keep_their_lines():
@@ -514,8 +520,7 @@ def test_the_classifier_tells_held_out_texts_and_its_sign_is_right():
     good_enough = world.classifier(good[:40], bad[:40])
     assert sum(good_enough(text) > 0.5 for text in good[40:]) >= 18
     assert sum(good_enough(text) < 0.5 for text in bad[40:]) >= 18
-    few = world.classifier(good[:40], bad[:4])  # no side wins by its number
-    assert sum(few(text) < 0.5 for text in bad[40:]) >= 15
+    assert abs(world.classifier(["a cat"], ["a cat"] * 9)("a cat") - 0.5) < 0.01  # not by number
 
 
 def command(monkeypatch, words):
