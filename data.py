@@ -1126,9 +1126,10 @@ class Seen:
         return left if 4 * len(left) > len(text) else ""  # of a part only its joints are left
 
 
-def classifier(good: list[str], bad: list[str], steps: int = 300, rate: float = 30.0):
+def classifier(good: list[str], bad: list[str], steps: int = 500, rate: float = 4.0):
     """质量分类: returns the function text -> P(good) of a logistic regression over hashed words and
-    pairs of words (D0 语料过滤), trained by gradient steps on texts that a person sorted."""
+    pairs of words (D0 语料过滤), trained by gradient steps on texts that a person sorted. Rates up
+    to 8 converge: the examples are of length 1, so the loss curves by 1/4 at most."""
     weights = np.zeros(2**18)
 
     def features(text):
