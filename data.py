@@ -1953,38 +1953,51 @@ def write_clean(args):
     is_good = train_quality(args) if args.good else None
     steps = cleaning_steps(args.near, args.languages.split(","), is_good)
     funnel = {}
-    pages = read_pages(args.inputs, args.lines, out)
-    terminal = sys.stdout.isatty()
     out.parent.mkdir(parents=True, exist_ok=True)
     part = out.with_name(out.name + ".part")
+    try:
+        with open(part, "w", encoding="utf-8") as file:
+            pages = read_pages(args.inputs, args.lines, out)
+            write_kept(sieve(pages, steps, funnel, args.show_dropped), file)
+        print_examples(funnel)
+        print_funnel(funnel, {})
+        left = [*funnel.values()][-1]["pages"]
+        if not left:
+            worst = max(funnel, key=lambda step: funnel[step]["dropped"])
+            raise SystemExit(f"{out}: nothing is left; most fell to {worst!r} (--show-dropped 5)")
+        os.replace(part, out)
+    finally:
+        part.unlink(missing_ok=True)
+    print(f"{out}: {left:,} documents")
+
+
+def write_kept(results, file):
+    """Writes each page that was kept, and shows how far it is: on one line, or now and then."""
+    terminal = sys.stdout.isatty()
     began = shown = time.time()
-    with open(part, "w", encoding="utf-8") as file:
-        results = sieve(pages, steps, funnel, args.show_dropped)
-        for count, (page, text) in enumerate(results, 1):
-            record = {"text": text} | {k: v for k, v in page.items() if k not in ("text", "html")}
-            if text:
-                file.write(json.dumps(record, ensure_ascii=False) + "\n")
-            now = time.time()
-            if now - shown > (0.2 if terminal else 10):  # how far it is; in a log, now and then
-                shown = now
-                line = f"{count:,} read, {count / (now - began):,.0f} a second: {page['source']}"
-                if terminal:
-                    line = "\r\033[K" + line[: shutil.get_terminal_size().columns - 1]
-                print(line, end="" if terminal else "\n", flush=True)
+    for count, (page, text) in enumerate(results, 1):
+        record = {"text": text} | {k: v for k, v in page.items() if k not in ("text", "html")}
+        if text:
+            file.write(json.dumps(record, ensure_ascii=False) + "\n")
+        now = time.time()
+        if now - shown > (0.2 if terminal else 10):
+            shown = now
+            line = f"{count:,} read, {count / (now - began):,.0f} a second: {page['source']}"
+            if terminal:
+                line = "\r\033[K" + line[: shutil.get_terminal_size().columns - 1]
+            print(line, end="" if terminal else "\n", flush=True)
     print(end="\r\033[K" if terminal else "")
+
+
+def print_examples(funnel: dict):
+    """How a dropped page began, or what stood where it was changed and what stands there now."""
     for step, row in funnel.items():
         for page, before, after in row["examples"]:
             before = text_of(page, "html", "text") if before is page else before
             same = len(os.path.commonprefix([before, after]))
-            at = max(0, same - 60) if after else 0  # what was changed, or how it began
+            at = max(0, same - 60) if after else 0
             shown = [" ".join(text[at : at + 160].split()) for text in (before, after)]
             print(f"{step}: {page.get('url', page['source'])}: {' -> '.join(shown).strip(' ->')}")
-    print_funnel(funnel, {})
-    if not row["pages"]:
-        worst = max(funnel, key=lambda step: funnel[step]["dropped"])
-        raise SystemExit(f"{out}: nothing is left; most fell to {worst!r}: see --show-dropped 5")
-    os.replace(part, out)
-    print(f"{out}: {row['pages']:,} documents")
 
 
 def write_world(args) -> list[str]:

@@ -590,6 +590,7 @@ def test_the_command_refuses_in_one_line(tmp_path, monkeypatch, name, content, w
     with pytest.raises(SystemExit) as stop:
         command(monkeypatch, [path, "--out", tmp_path / "o", *(w.format(path) for w in words)])
     assert message in str(stop.value) and "\n" not in str(stop.value)
+    assert [file.name for file in tmp_path.iterdir()] == ["in"]  # nothing half written
 
 
 def test_progress_is_a_line_every_ten_seconds_in_a_log(tmp_path, monkeypatch, capsys):
