@@ -28,6 +28,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import chain, groupby
+from html.parser import HTMLParser
 from pathlib import Path
 from random import Random
 
@@ -864,30 +865,19 @@ class Tokens:
 # ======================================================================== cleaning (清洗)
 
 BAD_URL = regex.compile(r"https?://[^/]*(casino|warez|adult|lottery)")
-# how a tag ends: its quotes may hold ">", and the last of them or the page may be cut off
-END = r"(?>(?:[^<>\"']|\"[^\"]{0,999}\"|'[^']{0,999}')*+>|[^<>]*(?:>|\Z))"
-TAG = regex.compile("<[!?/a-zA-Z]" + END)
-NO_TEXT = regex.compile(r"(?is)<!--.*?(?:-->|\Z)|<a\b[^<>]*>\s*[#¶§]\s*</a>"
-                        r"|<(script|style|title|textarea|iframe|noscript)\b.*?(?:</\1\s*>|\Z)")
-# forms (a form around a whole page is none) and navigation, or what goes by that name (but not
-# "has-sidebar"); <body> holds its like inside it. What never ends is not found: it hides nothing.
-ASIDE = regex.compile(
-    r"(?is)<(nav|footer|aside|select|button|dialog|template|svg|video|audio"
-    r"|form(?!(?:(?!</?form|<h[12]\b).)*<h[12]\b))\b(?:[^<]++|<(?!/?\1\b))*+</\1\s*>"
-    r"|<(?<t>div|section|header|details|[uod]l|span|a|td|table)\b(?=[^<>]*\b(?:class|id|role)\s*="
-    r"[^=<>]*(?<![\w-])(?:nav|navbar|navigation|menu|sidebar|footer|search|breadcrumbs?|pagination"
-    rf"|sphinxsidebar|cookies?|toc|headerlink|linenos)(?![\w-])){END}(?<body>(?:[^<]++"
-    rf"|<(?!/?(?P=t)\b)|<(?P=t)\b{END}(?&body)</(?P=t)\s*>)"
-    r"{0,2000}+)</(?P=t)\s*>")
-# a list of nothing but links, lists of them inside it or not
-INLINE = rf"(?:\s|</?(?:p|div|span|b|strong|code)\b{END})*+"
-MENU = regex.compile(
-    rf"(?is)(?<menu><[uod]l\b{END}(?:\s*+<(?:li|d[td])\b{END}{INLINE}<a\b{END}(?:(?!</a>|<li\b)"
-    rf".)*+</a>{INLINE}(?:</dt>\s*<dd>)?(?&menu)?{INLINE}(?:</(?:li|d[td])>)?)++\s*</[uod]l>)")
-BREAK = regex.compile(
-    r"(?i) ?<(?:(?<line>br|li|d[td]|tr)|/?(?:p|div|h[1-6]|[uod]l|table|blockquote|pre|section"
-    r"|main|article|header|nav|aside|footer|form|hr|figure|figcaption|address|details|summary"
-    r"|caption))\b" + END)
+HIDDEN = set("script style title textarea iframe noscript template svg video audio".split())
+ASIDE = HIDDEN | set("nav footer aside select button dialog form".split())
+# what goes by the name of one (but not "has-sidebar")
+NAMED = regex.compile(r"(?i)(?<![\w-])(?:nav|navbar|navigation|menu|sidebar|footer|search|toc|cookies?"
+                      r"|breadcrumbs?|pagination|sphinxsidebar|headerlink|linenos)(?![\w-])")
+BOXES = set("div section header details ul ol dl span a td table".split())
+HEADINGS = {f"h{n}" for n in range(1, 7)}
+LISTS = {"ul", "ol", "dl"}
+LINES = set("br li dt dd tr".split())  # begin a line; these begin and end a paragraph:
+BLOCKS = HEADINGS | LISTS | set(
+    "p div table blockquote pre section main article header nav aside footer form hr figure "
+    "figcaption address details summary caption".split())
+CELL = "\0"
 # the bytes of a UTF-8 character, each as the letter that it is in Windows-1252
 MOJIBAKE = regex.compile(r"[ÂÃ][\x80-\xbf€ƒ†‡‰ŠŒŽ™š›œžŸ]|[à-ï]@@|[ð-ô]@@@".replace(
     "@", "[\x80-\xbf€‚ƒ„…†‡ˆ‰Š‹ŒŽ‘’“”•–—˜™š›œžŸ]"))
@@ -897,26 +887,106 @@ ADVERTS = ("点击领取", "扫码关注", "立即购买", "加微信", "关注�
 ENGLISH = frozenset("the an of in to is are and for was with on at my it that by i you".split())
 
 
-def as_line(row) -> str:
-    """A table's row as "cell | cell"; but pages were laid out with tables once, and code is."""
-    _, *cells = regex.split(r"(?i)(?:</t[dh]>\s*)?<t[dh]\b" + END, row[0])
-    if len(row[0]) > 2000 or regex.search(r"(?i)<(pre|[uod]l|h[1-6])\b", row[0]):
-        return "<p>".join(["", *cells])
-    cells = [TAG.sub("", BREAK.sub(" ", cell)).strip() for cell in cells]
-    return "<tr>" + " | ".join(cells) if any(cells) else ""
+def is_named(attributes) -> bool:
+    """Whether an element is called navigation or the like."""
+    return any(NAMED.search(value or "") for key, value in attributes
+               if key in ("class", "id", "role"))
+
+
+class Page(HTMLParser):
+    """Collects what a page shows in `parts`: texts, and breaks of lines and paragraphs.
+
+    What is no text of the page is taken out when its element ends; navigation and forms that never
+    end hide nothing."""
+
+    def __init__(self, page: str):
+        super().__init__(convert_charrefs=True)
+        self.parts = []
+        self.aside = ("", 0)  # the outermost element that is no text: its tag, where it began
+        self.depth = 0  # how many of that tag are open
+        self.rows = []  # of each open table where its row began, or None
+        self.boxed = -1  # where the last list, heading or program began: no table's cell has one
+        self.heading = -1  # where the last h1 or h2 did
+        self.linked = False
+        self.programs = 0  # open <pre>
+        self.feed(page)
+        self.close()
+        if self.aside[0] in HIDDEN:
+            self.take_out(self.aside[1])
+
+    def take_out(self, start: int):
+        self.parts[start:] = ["\n\n"]
+        self.boxed = min(self.boxed, start - 1)
+
+    def handle_starttag(self, tag, attributes):
+        here = len(self.parts)
+        if tag == self.aside[0]:
+            self.depth += 1
+        elif not self.aside[0] and (tag in ASIDE or tag in BOXES and is_named(attributes)):
+            self.aside = (tag, here)
+            self.depth = 1
+        if tag in HEADINGS | LISTS | {"pre"}:
+            self.boxed = here
+        if tag in ("h1", "h2"):
+            self.heading = here
+        if tag == "table":
+            self.rows.append(None)
+        elif tag == "tr" and self.rows:
+            self.end_row()
+            self.rows[-1] = len(self.parts)
+        self.linked |= tag == "a"
+        self.programs += tag == "pre"
+        if tag in ("td", "th"):
+            self.parts.append(CELL)
+        self.parts.append("\n" if tag in LINES else "\n\n" if tag in BLOCKS else "")
+
+    def handle_endtag(self, tag):
+        self.linked &= tag != "a"
+        if tag == "pre":
+            self.programs = max(0, self.programs - 1)
+        if tag in ("tr", "table") and self.rows:
+            self.end_row()
+        if tag == "table" and self.rows:
+            self.rows.pop()
+        if tag in BLOCKS:
+            self.parts.append("\n\n")
+        if tag == self.aside[0]:
+            self.depth -= 1
+            if self.depth == 0:
+                start = self.aside[1]
+                self.aside = ("", 0)
+                if tag != "form" or self.heading < start:  # a form around a whole page is none
+                    self.take_out(start)
+
+    def end_row(self):
+        """A table's row is "cell | cell"; but pages were laid out with tables once, and code is."""
+        start = self.rows[-1]
+        self.rows[-1] = None
+        if start is None:
+            return
+        row = "".join(self.parts[start:])
+        cells = row.split(CELL)
+        if len(row) > 2000 or self.boxed >= start:
+            self.parts[start:] = ["\n\n".join(cells)]
+        else:
+            cells = [" ".join(cell.split()) for cell in cells[1:]]
+            self.parts[start:] = ["\n", " | ".join(cells) if any(cells) else ""]
+
+    def handle_data(self, data):
+        if self.programs:
+            self.parts.append(data.replace(" ", "\xa0"))
+            return
+        if self.linked and data.strip() in ("#", "¶", "§"):  # a heading's own
+            return
+        if "\n" in data:  # Chinese has no blanks
+            data = regex.sub(r"(?<=\p{Han})\s*\n\s*(?=\p{Han})", "", data)
+        self.parts.append(regex.sub("[ \t\r\n\f]+", " ", data))
 
 
 def extract_text(page: str) -> str:
     """正文提取: what an HTML page shows, paragraphs parted by empty lines; no forms, no menus."""
-    page = ASIDE.sub("<p>", NO_TEXT.sub("", page))
-    page = MENU.sub(lambda menu: "<p>" if menu[0].count("</a>") > 4 else menu[0], page)
-    page = regex.sub(r"(\p{Han})[ \t\r]*+\n\s*+(?=\p{Han})", r"\1", page)  # Chinese has no blanks
-    # HTML's blanks are one, but those of a program stay
-    page = regex.sub(r"(?is)(<pre\b.*?</pre)|[ \t\r\n\f]{2,}|[\t\r\n\f]",
-                     lambda match: (match[1] or " ").replace("  ", "\xa0\xa0"), page)
-    page = regex.sub(r"(?is)<tr\b.*?(?=<tr\b|</tr|</table|\Z)", as_line, page)
-    page = BREAK.sub(lambda match: "\n" if match["line"] else "\n\n", page)
-    text = html.unescape(TAG.sub("", page))
+    page = regex.sub(r"(?s)<!\[.*?>|<[a-zA-Z/!][^<>]*\Z", "", page)  # for Word; a tag cut off
+    text = "".join(Page(page).parts).replace(CELL, "\n\n")
     text = regex.sub(r" *\n *", "\n", text).replace("\xa0", " ")
     return regex.sub(r"\n{3,}", "\n\n", text).strip()
 

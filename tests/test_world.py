@@ -386,10 +386,9 @@ PAGE = """<!DOCTYPE html><html><head><title>no</title><script>if (a<b) {write("<
     if x &lt; 3:
         return</pre>
 <form>no <input><label>no</label></form><form><h1>A page's form</h1>stays</form>
-<ol><li><a>no</a><li><a>no</a><ul><li><p><a>no</a></p></li></ul><li><a>no</a><li><a>no</a></ol>
 <ul><li><a>Link</a> and text</li></ul><p>中文
 第二行 a
-b</p><a title='it"s'>odd</a> <a title="x>after</a><footer>no</footer>
+b</p><a title='it"s'>odd</a> <a title="x">after</a><footer>no</footer>
 <nav>never ended<p>1 < 2 &lt;p&gt; &nonsense; The end."""
 SHOWN = """How to bake
 
