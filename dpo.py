@@ -124,7 +124,6 @@ def open_policy(cfg, device, dtype) -> AdamW:
 @torch.no_grad()
 def reference_logprobs(reference, pairs, tokenizer, cfg, device) -> list[tuple[float, float]]:
     """(chosen, rejected) of every pair under the frozen start."""
-    print_held("reference", reference)
     mine = {}
     for members, numbers in in_parts(pairs, range(len(pairs)), cfg):
         with untuned(reference.model):
@@ -189,6 +188,7 @@ def main(cfg):
     else:  # a second model, let go before the policy is there
         frozen = load_model(cfg.reference or cfg.init).requires_grad_(False)
         sharded = Sharded(frozen, cfg.zero, dtype, device)
+        print_held("reference", sharded)
         reference = reference_logprobs(sharded, pairs, tokenizer, cfg, device)
         del frozen, sharded
         optimizer = open_policy(cfg, device, dtype)
