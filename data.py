@@ -150,8 +150,14 @@ def as_turns(record: dict, where: str) -> list[dict]:
     return turns
 
 
-def as_messages(record: dict, where: str) -> list[dict]:
-    """The conversation in a record of any known format, a reply at the end if it has one."""
+def as_messages(record: dict, where: str, best: bool = True) -> list[dict]:
+    """The conversation in a record of any known format, a reply at the end if it has one; best: of
+    a comparison the best one."""
+    listed = any(isinstance(record.get(name), list) for name in ("output", "replies"))
+    if best and (listed or {"chosen", "rejected"} <= set(record)):
+        record = as_comparison(record, where)
+        reply = record["replies"][np.argmax(record["scores"])]
+        return [*record["messages"], {"role": "assistant", "content": reply}]
     lists = [record.get(name) for name in ("prompt", "messages", "conversations")]
     lists = [turns for turns in lists if turns and isinstance(turns, list)]
     if lists:
@@ -205,40 +211,41 @@ def transcript(side, where: str) -> list[dict]:
     return messages
 
 
-def read_comparisons(paths: str) -> list[dict]:
-    """Records {"messages": prompt, "replies": [str], "scores": [float]}: one prompt's N replies.
+def as_comparison(record: dict, where: str) -> dict:
+    """A record {"messages": prompt, "replies": [str], "scores": [float]}: a prompt's N replies.
 
     Known: "chosen"/"rejected", each a string, messages or an Anthropic HH transcript, with a prompt
     in any conversation format or as whole conversations that share it; "output": [best, ..., worst]
     (LLaMA-Factory's ranking); "replies" with "scores" (what `reward.py collect` writes).
     """
-    records = []
-    for where, record in read_json(paths):
-        prompt = []
-        replies = record.get("replies")
-        scores = record.get("scores")
-        if "chosen" in record and "rejected" in record:
-            chosen = transcript(record["chosen"], where)
-            rejected = transcript(record["rejected"], where)
-            prompt = chosen[:-1]
-            replies = [chosen[-1]["content"], rejected[-1]["content"]]
-            scores = [1, 0]
-        elif isinstance(record.get("output"), list):
-            replies = record["output"]
-            scores = [-i for i in range(len(replies))]
-        listed = isinstance(replies, list) and isinstance(scores, list)
-        if not (listed and len(replies) == len(scores) > 0
-                and all(isinstance(reply, str) for reply in replies)
-                and all(isinstance(score, (int, float)) for score in scores)):
-            raise SystemExit(f'{where}: a comparison needs "chosen" and "rejected", "output": '
-                             '[best, ..., worst], or as many "scores" (numbers) as "replies" '
-                             f'(texts); it has {", ".join(record)}')
-        prompt = without_reply(prompt or as_messages(record, where))
-        if not prompt:
-            raise SystemExit(f"{where}: the comparison has no prompt")
-        scores = [float(score) for score in scores]
-        records.append(record | {"messages": prompt, "replies": replies, "scores": scores})
-    return records
+    prompt = []
+    replies = record.get("replies")
+    scores = record.get("scores")
+    if "chosen" in record and "rejected" in record:
+        chosen = transcript(record["chosen"], where)
+        rejected = transcript(record["rejected"], where)
+        prompt = chosen[:-1]
+        replies = [chosen[-1]["content"], rejected[-1]["content"]]
+        scores = [1, 0]
+    elif isinstance(record.get("output"), list):
+        replies = record["output"]
+        scores = [-i for i in range(len(replies))]
+    listed = isinstance(replies, list) and isinstance(scores, list)
+    if not (listed and len(replies) == len(scores) > 0
+            and all(isinstance(reply, str) for reply in replies)
+            and all(isinstance(score, (int, float)) for score in scores)):
+        raise SystemExit(f'{where}: a comparison needs "chosen" and "rejected", "output": '
+                         '[best, ..., worst], or as many "scores" (numbers) as "replies" '
+                         f'(texts); it has {", ".join(record)}')
+    prompt = without_reply(prompt or as_messages(record, where, best=False))
+    if not prompt:
+        raise SystemExit(f"{where}: the comparison has no prompt")
+    scores = [float(score) for score in scores]
+    return record | {"messages": prompt, "replies": replies, "scores": scores}
+
+
+def read_comparisons(paths: str) -> list[dict]:
+    return [as_comparison(record, where) for where, record in read_json(paths)]
 
 
 def byte_size(texts: list[str]) -> int:
@@ -270,9 +277,11 @@ SPECIALS = ["<|endoftext|>", "<|pad|>", "<|system|>", "<|user|>", "<|assistant|>
 TEXT_ENDS = ["<|endoftext|>", "<|end_of_text|>", "<｜end▁of▁sentence｜>"]  # ours, others'
 ENDS = ["<|end|>", "<|im_end|>", "<|eot_id|>", *TEXT_ENDS]  # of a turn: ours, ChatML's, Llama 3's
 CHAT_STARTS = ["<|im_start|>", "<|start_header_id|>"]  # of the last two
-# `render`, for other programs
-CHAT_TEMPLATE = ("{% for message in messages %}<|{{ message['role'] }}|>{{ message['content'] }}"
-                 "<|end|>{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}")
+TEXTS = {  # what a template writes around a message's text, a reply's end token beside
+    "chat": {role: f"<|{role}|>{{}}" for role in ("system", "user", "assistant")},
+    "alpaca": {"system": "### System:\n{}\n\n",
+               "user": "### Instruction:\n{}\n\n### Response:\n", "assistant": "{}"},
+    "none": dict.fromkeys(["system", "user", "assistant"], "{}")}
 SIDE_FILES = ["tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja",
               "generation_config.json"]
 TOKEN_FLAGS = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
@@ -415,7 +424,7 @@ class Tokenizer:
     Fields: encoding, whose numbers are ranks (256 + i is the i-th merge), in ours the ids too;
     vocab_size; ids, {"<|end|>": id, ...} of the special tokens, which text never yields; plain, the
     same of added tokens that it does yield; hash; spec; beside, {name: bytes} of the files that
-    others put beside a tokenizer.json.
+    stand beside a tokenizer.json; template, "chat", "alpaca" or "none": how `render` asks.
     """
 
     def __init__(self, spec: dict, beside=()):
@@ -425,7 +434,7 @@ class Tokenizer:
         self.plain = {token["content"]: token["id"] for token in added if not token["special"]}
         missing = [special for special in SPECIALS if special not in self.ids]
         chat = [name for name in CHAT_STARTS if name in self.ids]
-        if "<|reward|>" in self.ids and missing and not chat:  # one of ours, then
+        if {"<|assistant|>", "<|reward|>"} <= set(self.ids) and missing and not chat:  # of ours
             raise SystemExit(f"tokenizer: no {', '.join(missing)} among its special tokens")
         if not missing and self.ids["<|pad|>"] == self.ids["<|end|>"]:
             raise SystemExit("tokenizer: <|pad|> and <|end|> must differ, or no model can stop")
@@ -441,6 +450,25 @@ class Tokenizer:
         self.spec = spec
         self.beside = dict(beside)
         self.ours = not missing
+        self.template = self.told_template()
+
+    def told_template(self) -> str:
+        """The template that the files beside it name; "chat" where they hold none of ours."""
+        told = json.loads(self.beside.get("tokenizer_config.json", "{}")).get("chat_template")
+        if "chat_template.jinja" in self.beside:  # others look there first
+            told = self.beside["chat_template.jinja"].decode()
+        return next((name for name in TEXTS if self.jinja(name) == told), "chat")
+
+    def jinja(self, template: str) -> str:
+        """`render` as other programs read it."""
+        chat = template == "chat"
+        end = next((name for name in ENDS if name in self.ids), "")
+        text = "{% for message in messages %}"
+        for role, form in TEXTS[template].items():
+            form = form.format("{{ message['content'] }}") + end * (chat or role == "assistant")
+            text += f"{{% if message['role'] == '{role}' %}}{form}{{% endif %}}"
+        asked = "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+        return text + "{% endfor %}" + asked * chat
 
     def read_model(self, model: dict, pre_tokenizer: dict):
         """Vocabulary and merges to ranks, ids and bytes. A token that several merges make (Llama
@@ -503,9 +531,8 @@ class Tokenizer:
         try:
             beside = [path.with_name(name) for name in SIDE_FILES]
             beside = {file.name: file.read_bytes() for file in beside if file.exists()}
-            json.loads(beside.get("tokenizer_config.json", "{}"))
             return cls(json.loads(read_text(path)), beside)
-        except (ValueError, LookupError, TypeError, regex.error) as error:
+        except (ValueError, LookupError, TypeError, AttributeError, regex.error) as error:
             raise SystemExit(f"{path}: not a byte-level BPE tokenizer, or broken JSON "
                              f"in tokenizer_config.json ({error!r})")
 
@@ -531,13 +558,18 @@ class Tokenizer:
 
     def save(self, folder, context: int | None = None):
         """tokenizer.json, and beside it what transformers reads: of a foreign tokenizer the files
-        that it came with, of ours the chat template and the longest sequence."""
+        that it came with, of ours the longest sequence; in both the template as it is now."""
         files = {"generation_config.json": json.dumps(self.marks()).encode()} | self.beside
+        told = json.loads(files.get("tokenizer_config.json", "{}"))
         if self.ours:
-            config = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|end|>",
-                      "pad_token": "<|pad|>", "model_max_length": context,
-                      "clean_up_tokenization_spaces": False, "chat_template": CHAT_TEMPLATE}
-            files["tokenizer_config.json"] = json.dumps(config, indent=2).encode()
+            told = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|end|>",
+                    "pad_token": "<|pad|>", "model_max_length": context,
+                    "clean_up_tokenization_spaces": False}
+        if self.ours or self.template != self.told_template():
+            files.pop("chat_template.jinja", None)
+            known = self.ours or self.template != "chat"  # a foreign chat's jinja is gone for good
+            told["chat_template"] = self.jinja(self.template) if known else None
+            files["tokenizer_config.json"] = json.dumps(told, indent=2).encode()
         for name in SIDE_FILES:  # none is left of a tokenizer that was here before
             Path(folder, name).unlink(missing_ok=True)
         for name, content in files.items():
@@ -630,20 +662,22 @@ class Tokenizer:
 
 # ======================================================================== chat template (对话模板)
 
-def render(messages, tokenizer, template: str = "chat",
+def render(messages, tokenizer, template: str | None = None,
            turns: str = "all") -> tuple[list[int], list[int]]:
     """A conversation as token ids and its mask: mask[i] = 1 where ids[i] is a target, that is
     every token of a reply and its end token (D0 4.2.2: p1 + c1 + p2 + ..., each reply once).
 
-    If the last message is not the assistant's, the ids end where the reply begins. template "chat"
-    marks roles by special tokens, which text cannot forge (ours, or the folder's own: ChatML's,
-    Llama 3's); "alpaca" is the documents' ### Instruction: text, which text can forge; "none" is
-    the bare text; a reply ends with an end token in all. turns "last" trains the last reply only
-    (the way D0 calls unreasonable). Left out is what some templates add to the messages: a default
+    If the last message is not the assistant's, the ids end where the reply begins. template (None:
+    the tokenizer's) "chat" marks roles by special tokens, which text cannot forge (ours, or the
+    folder's own: ChatML's, Llama 3's); "alpaca" is the documents' ### Instruction: text, which text
+    can forge; "none" is the bare text; a reply ends with an end token in all. turns other than
+    "all" train the last reply only. Left out is what some templates add to the messages: a default
     system text (SmolLM2), an empty <think> before the last reply alone (Qwen3); Llama 3's trims.
     """
+    template = template or tokenizer.template
     ids = []
     mask = []
+    asked = ""  # what stands between two replies is encoded as a whole, as others do
 
     def add(tokens, trained):
         ids.extend(tokens)
@@ -655,22 +689,60 @@ def render(messages, tokenizer, template: str = "chat",
     for i, message in enumerate(messages):
         role = message["role"]
         text = message["content"]
-        trained = role == "assistant" and (turns == "all" or i == replies[-1])
+        reply = role == "assistant"
+        trained = reply and (turns == "all" or i == replies[-1])
         if template == "chat":
-            add(tokenizer.turn(role, "" if role == "assistant" else text), False)
-            text = text if role == "assistant" else ""
-        elif template == "alpaca" and role == "user":
-            text = f"### Instruction:\n{text}\n\n### Response:\n"
-        elif template == "alpaca" and role == "system":
-            text = f"### System:\n{text}\n\n"
-        add(tokenizer.encode(text), trained)
-        if template == "chat" or role == "assistant":
+            add(tokenizer.turn(role, "" if reply else text), False)
+        elif not reply:
+            asked += TEXTS[template][role].format(text)
+        if reply:
+            add(tokenizer.encode(asked), False)
+            asked = ""
+            add(tokenizer.encode(text), trained)
+        if template == "chat" or reply:
             add([tokenizer.end], trained)
         if template == "chat" and tokenizer.end == tokenizer.ids.get("<|im_end|>"):
             add(tokenizer.encode("\n"), False)
+    add(tokenizer.encode(asked), False)
     if messages[-1]["role"] != "assistant" and template == "chat":
         add(tokenizer.turn("assistant"), False)
     return ids, mask
+
+
+def trained(rows) -> int:
+    """Number of target tokens: what a row's first token would be is never predicted."""
+    return sum(sum(mask[1:]) for _, mask in rows)
+
+
+def read_rows(paths, tokenizer, turns: str = "all", context: int = 256) -> tuple[list, str]:
+    """(ids, mask) of every conversation, cut to `context` tokens; and in words their lengths, and
+    what was cut or dropped and why. turns "all" is D0's way (4.2.2); it calls two unreasonable:
+    "last", which loses what the earlier replies teach, and "split", a row for each reply with all
+    that stands before it, which computes the start again and again."""
+    rows = []
+    lengths = []
+    silent = 0
+    for record in read_conversations(paths):
+        stops = [i for i, m in enumerate(record["messages"], 1) if m["role"] == "assistant"]
+        silent += not stops
+        for stop in stops if turns == "split" else stops[-1:]:
+            ids, mask = render(record["messages"][:stop], tokenizer, turns=turns)
+            lengths.append(len(ids))
+            row = ids[:context], mask[:context]
+            if trained([row]):
+                rows.append(row)
+    if not lengths:
+        raise SystemExit(f"{paths}: no record holds a reply; known: {KNOWN}; the last one has "
+                         f"{', '.join(sorted(set(record) - {'messages'}))}")
+    if not rows:
+        raise SystemExit(f"{paths}: no conversation has a reply within --context {context}")
+    lengths.sort()
+    share = trained(rows) / sum(len(ids) for ids, _ in rows)
+    return rows, (f"{paths}: {len(lengths):,} rows of {lengths[0]} to {lengths[-1]} tokens, half "
+                  f"of them of at most {lengths[len(lengths) // 2]}; "
+                  f"{sum(n > context for n in lengths):,} cut to --context {context}; dropped: "
+                  f"{len(lengths) - len(rows):,} with their reply cut off, {silent:,} without one; "
+                  f"{share:.0%} of the tokens left are trained")
 
 
 def fit(prompt: list[int], reply: list[int], limit: int) -> tuple[list[int], list[int]]:
@@ -786,6 +858,19 @@ def my_micro_batches(lengths, micro_tokens: int, rows=None) -> list[list[int]]:
     return micro_batches(lengths, micro_tokens, dist.get_rank(), dist.get_world_size(), rows)
 
 
+def filled(groups, cfg) -> float:
+    """The share of real tokens in what the first steps of a pass compute on one process; the rest
+    is padding. groups: the lengths of the rows of each item."""
+    real = computed = 0
+    for step in range(min(50, -(-len(groups) // cfg.batch_size))):
+        batch = [groups[i] for i in epoch_rows(cfg.seed, step, cfg.batch_size, len(groups))]
+        for part in micro_batches([*map(max, batch)], cfg.micro_tokens, rows=[*map(len, batch)]):
+            lengths = sum([batch[i] for i in part], [])
+            real += sum(lengths)
+            computed += len(lengths) * round_up(max(lengths), 8)
+    return real / computed
+
+
 class Tokens:
     """A corpus as one file of token ids, <|endoftext|> after each document, read as a memory map.
 
@@ -868,8 +953,9 @@ BAD_URL = regex.compile(r"https?://[^/]*(casino|warez|adult|lottery)")
 HIDDEN = set("script style title textarea iframe noscript template svg video audio".split())
 ASIDE = HIDDEN | set("nav footer aside select button dialog form".split())
 # what goes by the name of one (but not "has-sidebar")
-NAMED = regex.compile(r"(?i)(?<![\w-])(?:nav|navbar|navigation|menu|sidebar|footer|search|toc|cookies?"
-                      r"|breadcrumbs?|pagination|sphinxsidebar|headerlink|linenos)(?![\w-])")
+NAMED = regex.compile(
+    r"(?i)(?<![\w-])(?:nav|navbar|navigation|menu|sidebar|footer|search|toc|cookies?|breadcrumbs?"
+    r"|pagination|sphinxsidebar|headerlink|linenos)(?![\w-])")
 BOXES = set("div section header details ul ol dl span a td table".split())
 HEADINGS = {f"h{n}" for n in range(1, 7)}
 LISTS = {"ul", "ol", "dl"}
@@ -2098,9 +2184,11 @@ def main():
     flag("--vocab-size", type=int, default=2048, help="of the tokenizer, special tokens included")
     flag("--documents", type=int, default=130_000, help="pretraining documents (world)")
     flag("--samples", type=int, default=56_000, help="instructions (world)")
-    flag("--template", default="chat", choices=["chat", "alpaca", "none"])
+    flag("--template", choices=list(TEXTS), help="default: the tokenizer's (show)")
     flag("--seed", type=int, default=0)
     flag("--n", type=int, default=3, help="how many to show")
+    flag("--turns", default="all", choices=["all", "last", "split"], help="as sft.py's (show)")
+    flag("--context", type=int, default=256, help="longest row in tokens (show)")
     flag("--lines", action="store_true", help="each line of a .txt is a document (clean)")
     flag("--languages", default="zh,en", help="that are kept: zh, en or both (clean)")
     flag("--near", type=float, default=0.6, help="shared text of a near duplicate (clean)")
@@ -2120,9 +2208,9 @@ def main():
         parser.error(f"{args.command} needs --data FILE")
     if args.command == "show":
         tokenizer = Tokenizer.load(args.tokenizer)
-        records = read_conversations(args.data)[: args.n]
-        rows = [render(record["messages"], tokenizer, args.template) for record in records]
-        print(show(rows, tokenizer))
+        tokenizer.template = args.template or tokenizer.template
+        rows, told = read_rows(args.data, tokenizer, args.turns, args.context)
+        print(show(rows[: args.n], tokenizer), told, sep="\n")
         return
     began = time.time()
     texts = write_world(args) if args.command == "world" else read_texts(args.data)

@@ -22,7 +22,8 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
-from data import Tokenizer, collate, epoch_rows, fit, my_micro_batches, read_comparisons, render
+from data import Tokenizer, collate, epoch_rows, filled, fit, my_micro_batches, read_comparisons
+from data import render
 from model import load_model, save_model, token_logprobs, tune, untuned, weight_files
 from zero import AdamW, Run, RunConfig, Sharded, all_sum, everywhere, keyed_seed, launch, lr_at
 from zero import print0, print_held, setup
@@ -180,7 +181,8 @@ def main(cfg):
     if cfg.reference:
         files += weight_files(cfg.reference)
     run = Run(cfg, steps, inputs=files)
-    print0(f"{trained} pairs, {held} held out")
+    real = filled([[len(ids) - 1 for ids, _ in pair] for pair in pairs[:trained]], cfg)
+    print0(f"{trained} pairs, {held} held out; {real:.0%} of the tokens computed are real")
     # 2. models: the policy, and what the reference says of every pair
     if cfg.tune == "lora" and not cfg.reference:  # the policy without its LoRA
         optimizer = open_policy(cfg, device, dtype)

@@ -1168,8 +1168,8 @@ def main(data):
     add("--out", default="answers.jsonl", help="where to write the conversations with the replies")
     add("--batch-size", type=int, default=32, help="conversations answered at a time")
     add("--system", default="", help="a system message to start with")
-    add("--template", default="chat", choices=["chat", "alpaca", "none"],
-        help="chat: role tokens; alpaca: ### Instruction:; none: continue the text (base models)")
+    add("--template", choices=list(data.TEXTS), help="chat: role tokens; alpaca: ### Instruction:; "
+        "none: continue the text (base models); default: as the folder was trained")
     add("--max-new-tokens", type=int, default=128)
     add("--temperature", type=float, default=0.7, help="0: always the likeliest token")
     add("--top-p", type=float, default=1.0)

@@ -352,8 +352,9 @@ def main(cfg):
     device, dtype = setup(cfg)
     own = Tokenizer.load(cfg.init)
     tokenizer = own.scoring()  # the reward model's may have a token more, <|reward|>
-    if Tokenizer.load(cfg.reward).hash != tokenizer.hash:
-        raise SystemExit(f"{cfg.reward}: another tokenizer than {cfg.init}'s; train it from there")
+    its = Tokenizer.load(cfg.reward)
+    if (its.hash, its.template) != (tokenizer.hash, tokenizer.template):
+        raise SystemExit(f"{cfg.reward}: not {cfg.init}'s tokenizer and template; train from there")
     weights = [*weight_files(cfg.init), *weight_files(cfg.reward)]
     run = Run(cfg, cfg.steps, inputs=[*cfg.prompts.split(","), *weights])
     models = open_models(cfg, device, dtype)

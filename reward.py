@@ -25,9 +25,9 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
-from data import MORAL, Tokenizer, collate, epoch_rows, fit, gold_score, judge, my_micro_batches
-from data import pad_rows, read_comparisons, read_json, read_prompts, read_texts, render
-from data import write_jsonl, write_text
+from data import MORAL, Tokenizer, collate, epoch_rows, filled, fit, gold_score, judge
+from data import my_micro_batches, pad_rows, read_comparisons, read_json, read_prompts, read_texts
+from data import render, write_jsonl, write_text
 from model import ScalarModel, add_token, generate, load_model, save_model, token_logprobs, tune
 from model import weight_files
 from zero import AdamW, BaseConfig, Run, RunConfig, Sharded, all_sum, everywhere, keyed_seed, launch
@@ -245,7 +245,8 @@ def main(cfg):
     steps = cfg.steps or max(1, round(cfg.epochs * len(items) / cfg.batch_size))
     files = [*cfg.data.split(","), *weight_files(cfg.init)]
     run = Run(cfg, steps, inputs=files)
-    print0(f"{len(items)} prompts with a preference, {len(val)} more held out")
+    real = filled([[len(ids) for ids in rows] for rows, _, _ in items], cfg)
+    print0(f"{len(items)} prompts with a preference, {len(val)} held out; {real:.0%} real tokens")
     # 2. model: SFT's, with a head of zeros
     model = load_model(cfg.init, ScalarModel)
     if "<|reward|>" not in own.ids:
@@ -389,7 +390,7 @@ def shown(row, cell) -> str:
 def judge_model(folder, records, mix, cfg, device, dtype) -> dict:
     """A column: greedy replies for right and wrong; samples at temperature 1 for refusals and, in
     PPO's mix of prompts, for the rows of NUMBERS. A base model is asked in ### Instruction: text,
-    the others in chat, so it has no KL to SFT."""
+    the others by their own template, so it has no KL to SFT."""
     # 1. replies: {(prompt, number): token ids}
     tokenizer = Tokenizer.load(folder)
     base = read_result(folder, "run.json").get("script") == "pretrain.py"
@@ -429,7 +430,6 @@ def judge_model(folder, records, mix, cfg, device, dtype) -> dict:
 def tasks(records, mix, count, tokenizer, base) -> tuple[list, list, list]:
     """What a model is asked: prompts as ids; the keys (prompt, GREEDY) of what is right or wrong;
     the keys (prompt, number) of samples, `count` where it is refusals, one in PPO's mix."""
-    template = "alpaca" if base else "chat"
     prompts = []
     greedy = []
     samples = []
@@ -437,7 +437,7 @@ def tasks(records, mix, count, tokenizer, base) -> tuple[list, list, list]:
         if record["kind"] == "cloze":
             prompts.append(tokenizer.encode(record["text"]))
         else:
-            prompts.append(render(record["messages"], tokenizer, template)[0])
+            prompts.append(render(record["messages"], tokenizer, "alpaca" if base else None)[0])
         if record["kind"] in MORAL:
             samples += [(i, n) for n in range(count)]
         else:
@@ -560,10 +560,11 @@ def reply_logprobs(model, rows, device) -> list[float]:
 
 
 def reference_logprobs(cfg, tokenizer, rows, device, dtype) -> list[float]:
-    """The same under the reference; [] without one, or with one of another tokenizer."""
+    """The same under the reference; [] without one, or with another tokenizer or template."""
     if not Path(cfg.reference, "config.json").exists():
         return []
-    if Tokenizer.load(cfg.reference).hash != tokenizer.hash:
+    its = Tokenizer.load(cfg.reference)
+    if (its.hash, its.template) != (tokenizer.hash, tokenizer.template):
         return []
     frozen = load_model(cfg.reference).requires_grad_(False)
     sharded = Sharded(frozen, cfg.zero, dtype, device)

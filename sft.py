@@ -18,8 +18,8 @@ from typing import Literal
 import torch
 import torch.distributed as dist
 
-from data import Tokenizer, Tokens, collate, epoch_rows, my_micro_batches, read_conversations
-from data import read_prompts, render, show
+from data import Tokenizer, Tokens, collate, epoch_rows, filled, my_micro_batches, read_prompts
+from data import read_rows, render, show, trained
 from model import Tuning, generate, load_model, save_model, token_logprobs, tune, weight_files
 from zero import AdamW, Run, RunConfig, all_sum, launch, lr_at, prepared, print0, print_held
 from zero import setup
@@ -32,8 +32,8 @@ class Config(RunConfig):
     data: str = "out/data/sft.jsonl"  # conversations in any known format; comma-separated
     val_data: str = ""  # held-out conversations; empty: the end of --data
     val_fraction: float = 0.02  # how much of the end of --data is held out
-    template: Literal["chat", "alpaca", "none"] = "chat"  # role tokens, ### Instruction:, nothing
-    turns: Literal["all", "last"] = "all"  # all: every reply is trained; last: only the last one
+    template: Literal["auto", "chat", "alpaca", "none"] = "auto"  # --out keeps it; auto: --init's
+    turns: Literal["all", "last", "split"] = "all"  # replies trained; split: a row for each reply
     replay: str = "auto"  # pretraining text to mix in; auto: corpus.jsonl beside --data; none
     replay_rows: int = 6  # windows of it per optimizer step
     replay_weight: float = 0.3  # its weight in the loss
@@ -45,31 +45,6 @@ class Config(RunConfig):
     tune: Tuning = "full"  # what is trained: model.py's `tune` explains each
     tune_size: int = 8  # LoRA's rank; an adapter's width; learned tokens; last blocks (freeze)
     alpha: float = 16.0  # LoRA's change is scaled by alpha / tune-size
-
-
-def read_rows(paths, tokenizer, cfg) -> list[tuple[list[int], list[int]]]:
-    """(ids, mask) of every conversation; those without a trained token are dropped and counted."""
-    kept = []
-    longer = dropped = 0
-    for record in read_conversations(paths):
-        ids, mask = render(record["messages"], tokenizer, cfg.template, cfg.turns)
-        longer += len(ids) > cfg.context
-        row = ids[: cfg.context], mask[: cfg.context]
-        if trained([row]):
-            kept.append(row)
-        else:
-            dropped += 1
-    if dropped or longer:
-        print0(f"{paths}: {longer} conversations cut to {cfg.context} tokens, {dropped} of "
-               f"{len(kept) + dropped} dropped because no reply was left to train on")
-    if not kept:
-        raise SystemExit(f"{paths}: no conversation has a reply within --context {cfg.context}")
-    return kept
-
-
-def trained(rows) -> int:
-    """Number of target tokens: what a row's first token would be is never predicted."""
-    return sum(sum(mask[1:]) for _, mask in rows)
 
 
 def nll_sum(model, rows, tokenizer, device):
@@ -123,7 +98,7 @@ def open_replay(cfg, tokenizer):
 def show_replies(model, tokenizer, cfg):
     """Greedy replies to the first questions of --data."""
     for record in read_prompts(cfg.data)[:3]:
-        ids, _ = render(record["messages"], tokenizer, cfg.template)
+        ids, _ = render(record["messages"], tokenizer)
         if len(ids) < model.config.max_position_embeddings:
             [reply] = generate(model, [ids], 64, tokenizer.end, temperature=0)
             asked = record["messages"][-1]["content"][:80]
@@ -134,9 +109,12 @@ def main(cfg):
     # 1. data
     device, dtype = setup(cfg)
     tokenizer = Tokenizer.load(cfg.init)
-    rows = read_rows(cfg.data, tokenizer, cfg)
+    if cfg.template != "auto":
+        tokenizer.template = cfg.template
+    rows, told = read_rows(cfg.data, tokenizer, cfg.turns, cfg.context)
     if cfg.val_data:
-        val = read_rows(cfg.val_data, tokenizer, cfg)
+        val, more = read_rows(cfg.val_data, tokenizer, cfg.turns, cfg.context)
+        told += "\n" + more
     else:
         end = len(rows) - int(len(rows) * cfg.val_fraction)
         val = rows[end:]
@@ -145,9 +123,11 @@ def main(cfg):
     files = [*cfg.data.split(","), *filter(None, cfg.val_data.split(","))]
     run = Run(cfg, steps, inputs=[*files, *weight_files(cfg.init)])
     replay = open_replay(cfg, tokenizer)
-    share = trained(rows) / sum(len(ids) for ids, _ in rows)
-    print0(f"{len(rows):,} conversations, {share:.0%} of their tokens trained, {len(val)} held "
-           f"out, {cfg.batch_size} per step, replay: {replay.paths if replay else 'none'}")
+    share = filled([[len(ids) - 1] for ids, _ in rows], cfg)
+    computed = sum(len(ids) - 1 for ids, _ in rows) / share
+    print0(f"{told}\n{len(rows):,} rows to train on: a pass computes {computed:,.0f} tokens, "
+           f"{share:.0%} of them real, {trained(rows):,} targets; {len(val)} rows held out, "
+           f"{cfg.batch_size} per step, replay: {replay.paths if replay else 'none'}")
     print0("first sample, trained tokens in green:\n" + show(rows[:1], tokenizer))
 
     # 2. model

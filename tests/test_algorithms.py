@@ -14,7 +14,7 @@ import ppo
 import reward
 import seeds
 import sft
-from data import Tokenizer, render
+from data import Tokenizer, read_rows, render
 from model import CausalLM, ModelConfig, ScalarModel, save_model
 from zero import Sharded
 
@@ -172,12 +172,12 @@ def test_pairs_are_drawn_without_ties_and_share_the_prompts_tokens():
     assert [len(ids) for ids, _ in dpo.pair_rows(record, ("a", "bb"), TOK, 4)] == [4, 4]
 
 
-def test_conversations_without_a_trained_token_are_dropped_and_counted(alone, tmp_path, capsys):
+def test_conversations_without_a_trained_token_are_dropped_and_counted(tmp_path):
     path = tmp_path / "data.jsonl"
     path.write_text('{"question": "a", "answer": "bc"}\n{"question": "no answer"}\n'
                     '{"question": "a long question", "answer": "b"}\n', encoding="utf-8")
-    rows = sft.read_rows(str(path), TOK, sft.Config(context=8))
-    assert "2 conversations cut to 8 tokens, 2 of 3 dropped" in capsys.readouterr().out
+    rows, said = read_rows(str(path), TOK, context=8)
+    assert "1 cut to --context 8; dropped: 1 with their reply cut off, 1 without one; 43%" in said
     assert rows[0][1] == [0, 0, 0, 0, 1, 1, 1] and rows[0][0][4:6] == [*b"bc"]
     assert sft.trained(rows) == 3 and sft.trained([(range(7), [1] * 7)]) == 6
 

@@ -9,9 +9,9 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import regex
-from data import IGNORE, PATTERN, SPECIALS, Tokenizer, Tokens, collate, epoch_rows, fit
-from data import gold_score, micro_batches, pad_rows, read_comparisons, read_conversations
-from data import byte_letters, read_texts, render, show, train_bpe
+from data import IGNORE, PATTERN, SPECIALS, Tokenizer, Tokens, collate, epoch_rows, filled
+from data import fit, gold_score, micro_batches, pad_rows, read_comparisons, read_conversations
+from data import byte_letters, read_prompts, read_rows, read_texts, render, show, train_bpe
 
 TEXTS = ["the cat sat on the mat, the rat ate the cat. banana bananas anananas aaaaaaa aaaa",
          "今天天气真好,今天天气不好。天气天气 1234 1234 12341234", "low lower lowest\n\n  newer 123"]
@@ -295,19 +295,27 @@ def test_the_alpaca_template_is_the_documents_text():
     assert BYTES.decode(render(talk("a", "b", "c"), BYTES, "none")[0]) == "abc"
 
 
+def test_what_stands_before_a_reply_is_encoded_as_a_whole_as_others_do():
+    tokenizer = Tokenizer(STYLES["gpt2"])  # where "\n\n" before a "#" is two tokens
+    ids, _ = render(talk("a", system="s"), tokenizer, "alpaca")
+    assert ids == tokenizer.encode("### System:\ns\n\n### Instruction:\na\n\n### Response:\n")
+
+
 def test_the_prompt_loses_its_start_first_and_the_reply_its_end_only_if_it_must():
     assert fit([1, 2, 3], [7, 8], 5) == ([1, 2, 3], [7, 8])
     assert fit([1, 2, 3], [7, 8], 3) == ([3], [7, 8])
     assert fit([1, 2, 3], [7, 8, 9], 3) == ([3], [7, 8])
 
 
-def test_sft_cuts_at_the_context_and_drops_what_has_no_reply_left(tmp_path, alone, capsys):
-    import sft
+def test_rows_are_cut_at_the_context_and_those_without_a_reply_dropped(tmp_path):
     lines = [json.dumps({"question": "q" * n, "answer": "yes"}) for n in (2, 8, 9, 30)]
-    config = SimpleNamespace(template="chat", turns="all", context=12)
-    rows = sft.read_rows(write(tmp_path / "a.jsonl", "\n".join(lines)), BYTES, config)
+    lines.append('{"question": "q"}')
+    path = write(tmp_path / "a.jsonl", "\n".join(lines))
+    rows, said = read_rows(path, BYTES, context=12)
     assert [(len(ids), sum(mask)) for ids, mask in rows] == [(9, 4), (12, 1)]
-    assert "2 of 4" in capsys.readouterr().out
+    assert said == (f"{path}: 4 rows of 9 to 37 tokens, half of them of at most 16; 3 cut to "
+                    "--context 12; dropped: 2 with their reply cut off, 1 without one; "
+                    "24% of the tokens left are trained")  # 5 of 21
 
 
 def test_the_first_reply_token_and_the_end_token_are_targets_and_padding_never_is():
@@ -350,6 +358,25 @@ def test_micro_batches_share_all_items_equally_within_the_budget():
         for batch in flat:
             size = len(batch) * rows * max([lengths[i] for i in batch], default=0)
             assert len(batch) <= 1 or size <= budget
+
+
+def test_nine_tenths_of_what_is_computed_are_real_tokens_of_texts_of_all_lengths():
+    rng = np.random.default_rng(0)
+    cfg = SimpleNamespace(batch_size=64, micro_tokens=2048, seed=0)
+    for rows in (1, 2):  # as long as Alpaca's conversations; for pairs 16 items make a step
+        cfg.batch_size //= rows**2
+        base = rng.lognormal(5, 0.8, (990, 1)) + rng.integers(0, 9, (990, rows))
+        lengths = np.minimum(base, 256).astype(int).tolist()
+        share = filled(lengths, cfg)
+        assert share > 0.9
+        real = computed = 0
+        for step in range(min(50, -(-990 // cfg.batch_size))):
+            batch = [lengths[i] for i in epoch_rows(0, step, cfg.batch_size, 990)]
+            for part in micro_batches([max(n) for n in batch], 2048, rows=[rows] * len(batch)):
+                together = [np.zeros(n) for i in part for n in batch[i]]
+                computed += pad_rows(together, 0)[0].numel()
+                real += sum(map(len, together))
+        assert share == real / computed
 
 
 def test_micro_batches_are_cut_where_padding_and_overhead_cost_least():
@@ -508,6 +535,29 @@ def test_bad_input_ends_with_one_line_that_names_file_and_line(tmp_path, reader,
         reader(str(path))
     message = stop.value.code
     assert message.startswith(f"{path}{where}:") and what in message and "\n" not in message
+
+
+@pytest.mark.parametrize("record, turns", [
+    ({"prompt": "a", "chosen": "b", "rejected": "c"}, ["a", "b"]),
+    ({"chosen": HH + " b", "rejected": HH}, ["a", "x", "c\nd", "b"]),
+    ({"conversations": TURNS[:1], "system": "s", **BOTH}, ["s", "a", "b"]),
+    ({"instruction": "a", "output": ["b", "c"]}, ["a", "b"]),
+    ({"messages": talk("a"), "replies": ["b", "c"], "scores": [0, 2]}, ["a", "c"])])
+def test_of_a_comparison_the_best_reply_is_text_to_pretrain_and_tune_on(tmp_path, record, turns):
+    path = write(tmp_path / "a.jsonl", json.dumps(record))
+    assert read_texts(path) == ["\n".join(turns)]
+    [read] = read_conversations(path)
+    assert [m["content"] for m in read["messages"]] == turns
+    assert [r["messages"][-1]["role"] for r in read_prompts(path)] == ["user"]
+
+
+def test_a_file_without_replies_says_so_and_names_its_fields(tmp_path):
+    seed_task = {"id": "s", "instruction": "a", "instances": [{"input": "", "output": "b"}]}
+    path = write(tmp_path / "seed_tasks.jsonl", json.dumps(seed_task))
+    with pytest.raises(SystemExit, match="no record holds a reply; known.*has id, instances, instruction$"):
+        read_rows(path, BYTES)
+    with pytest.raises(SystemExit, match="no conversation has a reply within --context 4"):
+        read_rows(write(tmp_path / "a.jsonl", GOOD), BYTES, context=4)
 
 
 def test_users_own_questions_with_an_answer_can_be_judged(tmp_path):

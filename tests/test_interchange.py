@@ -260,16 +260,21 @@ def test_every_folder_of_ours_says_what_ends_a_text_what_pads_it_and_how_a_chat_
         assert not (tmp_path / out / "chat_template.jinja").exists()
 
 
+@pytest.mark.parametrize("name", ["chat", "alpaca", "none"])
 @pytest.mark.parametrize("texts, system", [(["a"], ""), (["\na ", "b\n", "<c>"], "be kind"),
                                            (["a", "b", "c", "d"], "")])
-def test_the_chat_template_writes_what_render_encodes(tmp_path, texts, system):
-    TOK.save(tmp_path)
+def test_the_chat_template_writes_what_render_encodes(tmp_path, texts, system, name):
+    checkpoint(tmp_path)
+    tokenizer = Tokenizer.load(tmp_path)
+    tokenizer.template = name
+    tokenizer.save(tmp_path)
+    assert Tokenizer.load(tmp_path).template == name
     source = read(tmp_path / "tokenizer_config.json")["chat_template"]
     template = jinja2.Environment(trim_blocks=True, lstrip_blocks=True).from_string(source)
     messages = [{"role": "system", "content": system}] * bool(system) + talk(*texts)["messages"]
     asked = messages[-1]["role"] == "user"
     text = template.render(messages=messages, add_generation_prompt=asked)
-    assert text == TOK.decode(render(messages, TOK)[0], specials=True)
+    assert text == TOK.decode(render(messages, tokenizer)[0], specials=True)
 
 
 def test_a_reward_models_tokenizer_ends_a_text_with_reward_and_still_is_the_policys(tmp_path):

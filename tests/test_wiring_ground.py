@@ -250,7 +250,16 @@ def test_a_tokenizer_of_the_size_asked_for_is_trained_and_rows_are_shown(tmp_pat
     rows = write(tmp_path / "rows.jsonl", "\n".join([line] * 4))
     words = f"show --data {rows} --tokenizer {tmp_path}/tok --n 2 --template alpaca"
     row = d.render(talk("the cat", "天"), tokenizer, "alpaca")
-    assert shell("data.py", words) == d.show([row, row], tokenizer) + "\n"
+    said = shell("data.py", words)
+    n = len(row[0])
+    told = f"{rows}: 4 rows of {n} to {n} tokens, half of them of at most {n}; "
+    assert said.startswith(f"{d.show([row, row], tokenizer)}\n{told}0 cut to --context 256; ")
+    assert f" {sum(row[1]) / n:.0%} of the tokens left are trained" in said
+    assert f"{told}4 cut to --context {n - 1}" in shell("data.py", f"{words} --context {n - 1}")
+    tokenizer.template = "none"  # the folder's own, then
+    tokenizer.save(tmp_path / "tok")
+    said = shell("data.py", words.removesuffix(" --template alpaca"))
+    assert said.startswith(d.show([d.render(talk("the cat", "天"), tokenizer, "none")] * 2, tokenizer))
     with pytest.raises(SystemExit) as stop:
         shell("data.py", "show")
     assert stop.value.code == 2

@@ -166,7 +166,13 @@ def test_the_end_of_the_text_is_held_out_from_training_and_from_the_tokenizer(
 
 def readable(records, cfg):
     """(ids, mask) of the conversations that leave something to train on within the context."""
-    rows = [render(r["messages"], TOK, cfg.template, cfg.turns) for r in records]
+    template = "chat" if cfg.template == "auto" else cfg.template
+    rows = []
+    for messages in (r["messages"] for r in records):
+        stops = [i for i, m in enumerate(messages, 1) if m["role"] == "assistant"]
+        if cfg.turns != "split":  # what comes behind the last reply teaches nothing
+            stops = stops[-1:]
+        rows += [render(messages[:stop], TOK, template, cfg.turns) for stop in stops]
     rows = [(ids[: cfg.context], mask[: cfg.context]) for ids, mask in rows]
     return [(ids, mask) for ids, mask in rows if sum(mask[1:]) > 0]
 
@@ -204,12 +210,12 @@ def test_sft_takes_the_steps_of_a_plain_loop_and_is_judged_on_conversations_it_n
         judged = {"loss": mean_nll(net, held).item()}
     compare(cfg, found, net, expected, judged, tokens=sum(sizes))
     assert Tokenizer.load(cfg.out).hash == TOK.hash
-    share = sum(sum(mask[1:]) for _, mask in rows) / sum(len(ids) for ids, _ in rows)
-    compare_words(found, [f"{len(rows)} conversations, {share:.0%} of their tokens trained",
-                          f"{len(held)} held out", show(rows[:1], TOK),
+    targets = sum(sum(mask[1:]) for _, mask in rows)
+    compare_words(found, [f"{len(rows)} rows to train on", f" real, {targets} targets",
+                          f"{len(held)} rows held out", show(rows[:1], TOK),
                           f"replay: {home}/corpus.jsonl" if corpus else "replay: none"])
     for asked in (TALKS[0]["messages"][:1], TALKS[2]["messages"][:3]):  # the second is too long
-        prompt, _ = render(asked, TOK, cfg.template)
+        prompt, _ = render(asked, TOK, Tokenizer.load(cfg.out).template)
         [reply] = generate(net, [prompt], 64, TOK.ids["<|end|>"], temperature=0)
         compare_words(found, [f"{asked[-1]['content']!r} → {TOK.decode(reply)!r}"])
 

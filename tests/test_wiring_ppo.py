@@ -384,5 +384,5 @@ def test_replies_that_are_not_the_policys_samples_are_noticed(plain, alone, monk
 
 def test_a_reward_model_with_another_tokenizer_is_refused(plain, alone, tmp_path):
     Tokenizer.from_merges([(97, 98)]).save(tmp_path)
-    with pytest.raises(SystemExit, match="another tokenizer"):
+    with pytest.raises(SystemExit, match="tokenizer and template"):
         run(0, plain.root, "other", dict(reward=str(tmp_path)))
