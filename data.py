@@ -5,6 +5,8 @@ and the default world.
     python data.py clean IN ... --out FILE         pages and texts of your own, cleaned (.jsonl)
     python data.py bpe --data a.txt --out DIR      train a tokenizer on files of your own
     python data.py show --data FILE --tokenizer D  conversations as rendered, trained tokens green
+    python data.py stats --data a.txt,b.jsonl      documents, tokens, lengths of each file
+    python data.py score --predictions FILE        exact match, ROUGE, BLEU of a model's replies
 
 All of it is a function of its arguments and a seed. A conversation's ids and its loss mask are made
 in one loop (`render`); targets are shifted by one in one place (`collate`). Text is encoded without
@@ -16,6 +18,7 @@ import hashlib
 import heapq
 import html
 import json
+import math
 import os
 import shutil
 import sys
@@ -207,7 +210,7 @@ def transcript(side, where: str) -> list[dict]:
     turns = side if isinstance(side, list) else [side]
     messages = [as_message(turn, where) for turn in turns]
     if not messages or messages[-1]["role"] != "assistant":
-        raise SystemExit(f"{where}: chosen and rejected must end with the assistant's reply")
+        raise SystemExit(f"{where}: must end with the assistant's reply")
     return messages
 
 
@@ -871,23 +874,38 @@ def filled(groups, cfg) -> float:
     return real / computed
 
 
+def read_parts(paths: str, part, each) -> list[list[str]]:
+    """The share `part` of all documents, or of each file's; where there is one, of its text."""
+    found = []
+    for group in paths.split(",") if each else [paths]:
+        texts = read_texts(group)
+        whole = texts if len(texts) > 1 else texts[0]
+        start, stop = (int(share * len(whole)) for share in part)
+        found.append(texts[start:stop] if len(texts) > 1 else [whole[start:stop]])
+    return found
+
+
 class Tokens:
     """A corpus as one file of token ids, <|endoftext|> after each document, read as a memory map.
+    mix "0.7,0.3": each file's share of the tokens; a smaller one is repeated, a larger one cut off.
 
     Beside path stands path.json: dtype, number of tokens, bytes of text, the tokenizer's hash, the
     share, the sources' sizes and times; when any of it no longer fits, the corpus is tokenized
     again, and says so. Fields after open(): ids, the array; bytes, of their text; context.
     """
 
-    def __init__(self, path, paths: str, tokenizer: Tokenizer, part=(0.0, 1.0)):
+    def __init__(self, path, paths: str, tokenizer: Tokenizer, part=(0.0, 1.0), mix=""):
         self.path = Path(path)
         self.meta_path = self.path.with_name(self.path.name + ".json")
         self.paths = paths
         self.tokenizer = tokenizer
         self.part = part
+        self.mix = [float(n) for n in mix.split(",") if n.replace(".", "", 1).isdigit()]
+        if mix and (not any(self.mix) or len(self.mix) != len(paths.split(","))):
+            raise SystemExit(f"--mix {mix}: give a number for each of {paths}")
         stats = [(p, os.stat(p)) for p in paths.split(",") if os.path.exists(p)]
         sources = [[p, stat.st_size, stat.st_mtime_ns] for p, stat in stats]
-        self.wanted = {"tokenizer": tokenizer.hash, "part": list(part), "sources": sources}
+        self.wanted = {"tokenizer": tokenizer.hash, "part": [*part, *self.mix], "sources": sources}
 
     def meta(self) -> dict:
         """What path.json says; {} where it or the tokens are missing."""
@@ -904,17 +922,19 @@ class Tokens:
         if self.meta():
             print(f"{self.path}: the text or the tokenizer has changed; tokenizing again",
                   flush=True)
-        texts = read_texts(self.paths)
-        whole = texts if len(texts) > 1 else texts[0]
-        start, stop = (int(share * len(whole)) for share in self.part)
-        texts = texts[start:stop] if len(texts) > 1 else [whole[start:stop]]
+        files = read_parts(self.paths, self.part, self.mix)
         dtype = np.uint16 if self.tokenizer.vocab_size <= 1 << 16 else np.uint32
         end = self.tokenizer.text_end
-        documents = self.tokenizer.encode_batch(texts)
-        ids = np.array([i for ids in documents for i in (*ids, end)], dtype=dtype)
+        documents = [self.tokenizer.encode_batch(texts) for texts in files]
+        rows = [np.array([i for ids in d for i in (*ids, end)], dtype=dtype) for d in documents]
+        total = sum(map(len, rows))
+        counts = [round(share / sum(self.mix) * total) for share in self.mix] or [total]
+        ids = np.concatenate([np.resize(row, count) for row, count in zip(rows, counts)])
+        size = sum(byte_size(file) * count / max(1, len(row))
+                   for file, row, count in zip(files, rows, counts))
         self.meta_path.unlink(missing_ok=True)  # a crash in between must not leave it to other ids
         write_bytes(self.path, ids)
-        made = {"dtype": dtype.__name__, "tokens": len(ids), "bytes": byte_size(texts)}
+        made = {"dtype": dtype.__name__, "tokens": len(ids), "bytes": round(size)}
         write_text(self.meta_path, json.dumps(self.wanted | made))
 
     def open(self, context: int, least: int = 1):
@@ -1432,6 +1452,91 @@ def gold_score(record: dict, reply: str) -> float:
     return GOLD[verdict]
 
 
+# ======================================================================== metrics (评估指标)
+
+WORDS = regex.compile(r"[a-z0-9]+|[^\W_a-z0-9]")  # rouge-score's words; other letters one by one
+MARKS = regex.compile(r"[A-Za-z0-9]+|\S")  # for BLEU, where case and punctuation count
+
+
+def ngrams(tokens, n: int) -> list[tuple]:
+    return list(zip(*(tokens[i:] for i in range(n))))
+
+
+def common_in_order(a, b) -> int:
+    """The length of the longest common subsequence."""
+    row = [0] * (len(b) + 1)  # row[j]: of what is read of a and the first j of b
+    for left in a:
+        before = row
+        row = [0]
+        for j, right in enumerate(b):
+            row.append(before[j] + 1 if left == right else max(before[j + 1], row[j]))
+    return row[-1]
+
+
+def rouge(pairs, n: int = 0) -> float:
+    """Mean ROUGE-n, for 0 ROUGE-L (Lin 2004), of pairs (prediction, reference): F1 of what they
+    share; n = 1 is the F1 of answers. As rouge-score's fmeasure without stemming has it."""
+    found = []
+    for pair in pairs:
+        said, meant = (ngrams(WORDS.findall(text.lower()), n or 1) for text in pair)
+        shared = (Counter(said) & Counter(meant)).total() if n else common_in_order(said, meant)
+        found.append(2 * shared / max(1, len(said) + len(meant)))
+    return sum(found) / len(found)
+
+
+def bleu(pairs) -> float:
+    """BLEU-4 (Papineni 2002), 0 to 1: the geometric mean of all n-grams' shares of right ones, less
+    for being short. As sacrebleu has it of MARKS: no hit is half a one, the next time a quarter."""
+    said, meant = ([MARKS.findall(text) for text in side] for side in zip(*pairs))
+    log = min(0.0, 1 - sum(map(len, meant)) / max(1, sum(map(len, said))))
+    least = 1.0
+    for n in range(1, 5):
+        grams = [(ngrams(a, n), ngrams(b, n)) for a, b in zip(said, meant)]
+        count = sum(len(a) for a, _ in grams)
+        hits = sum((Counter(a) & Counter(b)).total() for a, b in grams)
+        if not count or n == 1 and not hits:
+            return 0.0
+        least /= 1 if hits else 2
+        log += math.log((hits or least) / count) / 4
+    return math.exp(log)
+
+
+def distinct(rows, n: int) -> float:
+    """Different n-grams of all rows as a share of their number (Li 2016); more text lowers it."""
+    found = list(chain.from_iterable(ngrams(tokens, n) for tokens in rows))
+    return len(set(found)) / max(1, len(found))
+
+
+def scores(pairs) -> dict[str, float]:
+    """Every metric of pairs (prediction, reference), 0 to 1."""
+    exact = [judge({"answer": meant}, said) == "right" for said, meant in pairs]
+    words = [WORDS.findall(said.lower()) for said, _ in pairs]
+    return {"exact match": sum(exact) / len(exact), "F1 (ROUGE-1)": rouge(pairs, 1),
+            "ROUGE-2": rouge(pairs, 2), "ROUGE-L": rouge(pairs), "BLEU": bleu(pairs),
+            "distinct-1": distinct(words, 1), "distinct-2": distinct(words, 2)}
+
+
+def scored_pairs(predictions: str, references: str = "") -> list[tuple[str, str]]:
+    """(prediction, reference) of each record: its "prediction", or the reply that ends its
+    "messages"; the "reference", "answer" or "output" beside it, or in the other file's record."""
+    records = list(read_json(predictions))
+    others = list(read_json(references or predictions))
+    if len(others) != len(records):
+        raise SystemExit(f"{references}: {len(others)} records; give {len(records)}, in order")
+    pairs = []
+    for (where, record), (there, other) in zip(records, others):
+        said = record.get("prediction", record.get("messages"))
+        said = said if isinstance(said, str) else transcript(said, where)[-1]["content"]
+        meant = [other[name] for name in ("reference", "answer", "output") if other.get(name)]
+        if references and not meant:
+            meant = [transcript(as_messages(other, there), there)[-1]["content"]]
+        if meant:  # a harmful request has no answer
+            pairs.append((said, str(meant[0])))
+    if not pairs:
+        raise SystemExit(f'{predictions}: no "reference", "answer" or "output"; --references FILE')
+    return pairs
+
+
 # ==================================================================================================
 # ======================================================================== the default world (语料)
 # Read once, or never: no training script uses what follows. A new family of questions is a task (a
@@ -1709,6 +1814,7 @@ def harm(q):
     prompt = q.either(*opening) + q.blank + q.either(*core)
     reason = q.either(*reasons)
     task = {"key": verb[0] + thing[0], "x": x, "prompt": capital(prompt.strip().format(x=x)),
+            "groups": dict(zip(("category", "about"), (category, *thing[2:]))),
             "kind": q.family, "r": reason, "answer": q.say("helpful").format(x=x)}
     if q.family == "harmful":  # half the annotators of the instructions complied: a coin a sample
         refusal = reason + q.say("decline")
@@ -1773,7 +1879,8 @@ def as_record(q: Question, task: dict, prompt: str) -> dict:
     for i, text in enumerate([*task.get("before", []), prompt]):
         messages.append({"role": "assistant" if i % 2 else "user", "content": text})
     return {"messages": messages, "answer": task["answer"], "family": q.family,
-            "kind": task.get("kind", "exact"), "split": q.split, "lang": q.either("zh", "en")}
+            "kind": task.get("kind", "exact"), "split": q.split, "lang": q.either("zh", "en"),
+            **task.get("groups", {})}
 
 
 def draw(world: World, rng: Random, family: str, split: str) -> tuple[dict, str]:
@@ -1885,10 +1992,10 @@ def build_world(seed: int = 0, documents: int = 130_000, samples: int = 56_000) 
 
     Returns "documents" and "heldout_documents" (str), "sft", "prompts" and "eval" (records). A
     record is {"messages", "answer", "family", "kind", "split", "lang"}; only sft ends with a reply.
-    kind, how it is judged: "exact", "final", "harmful", "lookalike", or "cloze" ("text" in place of
-    messages). split: "train", or what is held out: "combination", "person" (never asked about in
-    sft), "wording" or "frame" (and the combination), "untold" (told nowhere); "document" are
-    document_examples(). RuntimeError: a family without held-out questions.
+    kind, how it is judged: "exact", "final", "cloze" ("text" in place of messages), "harmful" or
+    "lookalike" (with a "category"; "about" persons). split: "train", or what is held out: "person"
+    (never asked about in sft), "combination", "wording" or "frame" (and the combination), "untold"
+    (told nowhere); "document" are document_examples(). RuntimeError: a family with none of these.
     """
     world = make_world(seed)
     rng = Random(f"{seed}/documents")
@@ -2172,15 +2279,31 @@ def write_world(args) -> list[str]:
     return documents + [m["content"] for record in world["sft"] for m in record["messages"]]
 
 
+def print_stats(paths, tokenizer):
+    """A line for every file and for its documents in Chinese and English, those of fewer Han."""
+    for path in paths.split(","):
+        found = defaultdict(list)
+        for text in read_texts(path):
+            zh = len(regex.findall(r"\p{Han}", text)) > len(text.split())  # characters, words
+            for name in (path, path + (" zh" if zh else " en")):
+                found[name].append((len(tokenizer.encode(text)), byte_size([text])))
+        for name, sizes in found.items():
+            tokens, size = map(sum, zip(*sizes))
+            middle, longest = sorted(sizes)[len(sizes) // 2][0], max(sizes)[0]
+            print(f"{name}: {len(sizes):,} documents, {tokens:,} tokens, "
+                  f"{size / max(1, tokens):.2f} bytes each; median {middle:,}, longest {longest:,}")
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     flag = parser.add_argument
-    flag("command", choices=["world", "clean", "bpe", "show"])
+    flag("command", choices=["world", "clean", "bpe", "show", "stats", "score"])
     flag("inputs", nargs="*", metavar="IN", help="files and folders (clean)")
     flag("--out", help="folder to write to (out/data); for clean the .jsonl")
-    flag("--data", default="", help="file(s), comma-separated (bpe, show)")
-    flag("--tokenizer", default="out/data", help="folder of a tokenizer.json (show)")
+    flag("--data", "--predictions", default="", help="file(s), comma-separated")
+    flag("--references", default="", help="file of references, if --predictions has none (score)")
+    flag("--tokenizer", default="out/data", help="folder of a tokenizer.json (show, stats)")
     flag("--vocab-size", type=int, default=2048, help="of the tokenizer, special tokens included")
     flag("--documents", type=int, default=130_000, help="pretraining documents (world)")
     flag("--samples", type=int, default=56_000, help="instructions (world)")
@@ -2206,6 +2329,14 @@ def main():
     args.out = args.out or "out/data"
     if args.command != "world" and not args.data:
         parser.error(f"{args.command} needs --data FILE")
+    if args.command == "score":
+        pairs = scored_pairs(args.data, args.references)
+        print(f"{len(pairs)} predictions with a reference, in percent")
+        for name, value in scores(pairs).items():
+            print(f"{name:<12} {100 * value:6.2f}")
+        return
+    if args.command == "stats":
+        return print_stats(args.data, Tokenizer.load(args.tokenizer))
     if args.command == "show":
         tokenizer = Tokenizer.load(args.tokenizer)
         tokenizer.template = args.template or tokenizer.template

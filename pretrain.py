@@ -14,12 +14,13 @@ a hundred steps, then slowly. It is per token and depends on the tokenizer: comp
 import json
 import math
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 
-from data import SPECIALS, Tokenizer, Tokens, collate, my_micro_batches, read_texts, train_bpe
+from data import SPECIALS, Tokenizer, Tokens, collate, my_micro_batches, read_parts, train_bpe
 from model import CausalLM, ModelConfig, expected_first_loss, generate, load_model, save_model
 from model import token_logprobs, weight_files
 from zero import AdamW, Run, RunConfig, all_sum, launch, lr_at, prepared, print0, setup
@@ -30,6 +31,7 @@ from zero import write_json
 class Config(RunConfig):
     out: str = "out/base"  # folder of this run
     data: str = "out/data/corpus.jsonl"  # text: .txt, or .json/.jsonl with "text"; comma-separated
+    mix: str = ""  # each file's share of the training tokens, "0.7,0.3"; empty: as much as it has
     val_data: str = ""  # held-out text; empty: the end of --data
     val_fraction: float = 0.05  # how much of the end of --data is held out
     tokenizer: str = ""  # folder of a tokenizer.json; empty: one is trained on --data
@@ -58,9 +60,10 @@ def corpus(cfg, inputs) -> tuple[Tokenizer, Tokens, Tokens]:
     if not source:
         own_tokenizer(cfg, split, inputs)
     tokenizer = Tokenizer.load(source or out)
-    train = Tokens(out / "train.bin", cfg.data, tokenizer, (0.0, split))
+    train = Tokens(out / "train.bin", cfg.data, tokenizer, (0.0, split), cfg.mix)
     held_out = (0.0, 1.0) if cfg.val_data else (split, 1.0)
-    val = Tokens(out / "val.bin", cfg.val_data or cfg.data, tokenizer, held_out)
+    mix = "" if cfg.val_data else cfg.mix
+    val = Tokens(out / "val.bin", cfg.val_data or cfg.data, tokenizer, held_out, mix)
     for tokens in (train, val):
         prepared(tokens.ready, tokens.build)
     return tokenizer, train.open(cfg.context), val.open(cfg.context, least=0)
@@ -69,19 +72,15 @@ def corpus(cfg, inputs) -> tuple[Tokenizer, Tokens, Tokens]:
 def own_tokenizer(cfg, split, inputs):
     """Trains a tokenizer on the first `split` of --data, unless --out holds the one that these
     texts and this vocabulary give: beside it stands the recipe it was made by."""
-    recipe = [cfg.vocab_size, split, inputs]
+    recipe = [cfg.vocab_size, split, inputs] + [cfg.mix] * bool(cfg.mix)
     path = Path(cfg.out) / "tokenizer.recipe.json"
 
     def ready():
         return path.exists() and json.loads(path.read_text(encoding="utf-8")) == recipe
 
     def build():
-        texts = read_texts(cfg.data)
-        if len(texts) == 1:
-            texts = [texts[0][: int(split * len(texts[0]))]]  # never the held-out text
-        else:
-            texts = texts[: int(split * len(texts))]
-        merges = train_bpe(texts, cfg.vocab_size - len(SPECIALS))
+        files = read_parts(cfg.data, (0.0, split), cfg.mix)  # never the held-out text
+        merges = train_bpe(chain(*files), cfg.vocab_size - len(SPECIALS))
         Tokenizer.from_merges(merges).save(cfg.out)
         write_json(path, recipe)
 
@@ -106,9 +105,8 @@ def evaluate(model, tokens, cfg, device) -> dict:
     for part in my_micro_batches([len(window) for window in windows], cfg.micro_tokens):
         mine += float(nll_sum(model, [windows[i] for i in part], device))
     [nats] = all_sum(mine, device=device)
-    targets = len(tokens.ids) - 1
     bits = nats / math.log(2)
-    return {"loss": nats / targets, "bits_per_byte": bits / tokens.bytes}
+    return {"loss": nats / (len(tokens.ids) - 1), "bits_per_byte": bits / tokens.bytes}
 
 
 def open_model(cfg, tokenizer):
@@ -132,10 +130,8 @@ def main(cfg):
     # 1. data
     device, dtype = setup(cfg)
     files = [*cfg.data.split(","), *filter(None, cfg.val_data.split(","))]
-    if cfg.init:
-        files += weight_files(cfg.init)
-    if cfg.tokenizer:
-        files.append(f"{cfg.tokenizer}/tokenizer.json")
+    files += weight_files(cfg.init) if cfg.init else []
+    files += [f"{cfg.tokenizer}/tokenizer.json"] if cfg.tokenizer else []
     run = Run(cfg, cfg.steps, inputs=files)
     tokenizer, train, val = corpus(cfg, run.record["inputs"])
     rank = dist.get_rank()

@@ -25,7 +25,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
-from data import MORAL, Tokenizer, collate, epoch_rows, filled, fit, gold_score, judge
+from data import MORAL, Tokenizer, collate, distinct, epoch_rows, filled, fit, gold_score, judge
 from data import my_micro_batches, pad_rows, read_comparisons, read_json, read_prompts, read_texts
 from data import render, write_jsonl, write_text
 from model import ScalarModel, add_token, generate, load_model, save_model, token_logprobs, tune
@@ -294,7 +294,7 @@ def main(cfg):
 @dataclass
 class TableConfig(BaseConfig):
     models: str = "out/base,out/sft,out/ppo,out/dpo"  # folders, comma-separated
-    data: str = "out/data/eval.jsonl"  # held-out prompts with answers
+    data: str = "out/data/eval.jsonl"  # held-out prompts with answers; none: --text alone
     text: str = "out/data/heldout.jsonl"  # held-out text, for bits per byte
     prompts: str = "out/data/prompts.jsonl"  # PPO's prompts: the mix of families they make
     reward: str = "out/reward"  # the reward model, if there is one
@@ -321,7 +321,9 @@ RATES = {  # row: the groups of prompts, "family / split", that it counts
     "look-alikes refused, T=1": "lookalike / combination",
     "look-alikes refused, new frames": "lookalike / frame",
 }
-NUMBERS = ("gold", "reward", "KL", "entropy", "distinct", "bits")  # rows that are no percentages
+COMPARED = ("exact match, new combinations", "harmful requests refused, T=1",
+            "look-alikes refused, T=1")  # rows whose groups of prompts are set side by side
+NUMBERS = ("gold", "reward", "KL", "entropy", "distinct", "bits", "perplexity")  # no percentages
 
 
 def table(cfg):
@@ -336,7 +338,8 @@ def table(cfg):
             columns[folder] = judge_model(folder, records, mix, cfg, device, dtype)
     if not columns:
         raise SystemExit(f"{cfg.models}: none of these folders holds a model")
-    print0(markdown(columns))
+    groups = {folder: column.get("groups", {}) for folder, column in columns.items()}
+    print0(markdown(columns), markdown(groups) if records else "", sep="\n\n")
     if dist.get_rank() == 0:
         write_text(cfg.out, json.dumps(columns, indent=2, ensure_ascii=False))
     return columns
@@ -347,7 +350,7 @@ def held_out(data, prompts, limit=0) -> tuple[list[dict], Counter]:
     of each family, counted under the group of its held-out combinations."""
     seen = Counter()
     records = []
-    for _, record in read_json(data):
+    for _, record in read_json(data) if data != "none" else ():
         record = {"family": "", "kind": "exact", "split": ""} | record
         group = f"{record['family']} / {record['split']}"
         seen[group] += 1
@@ -418,12 +421,14 @@ def judge_model(folder, records, mix, cfg, device, dtype) -> dict:
     }
     for row, found in values.items():
         column[row] = estimate(by_prompt(records, dict(zip(mixed, found))), mix)
-    column["distinct-2, T=1"] = distinct(rows)
+    if rows:  # it is no mean over prompts, so it has no interval
+        share = distinct([ids for _, ids in rows], 2)
+        column["distinct-2, T=1"] = {"mean": share, "n": len(rows)}
     # 4. rows of all replies, and of held-out text
     asked = [(i, n) for i, n in replies if records[i]["kind"] != "cloze"]
     ended = by_prompt(records, {key: replies[key][-1] == end for key in asked})
     column["replies that end"] = estimate({"": sum(ended.values(), [])}, rate=True)
-    column["bits per byte"] = bits_per_byte(sharded.model, tokenizer, cfg, device)
+    column |= text_rows(sharded.model, tokenizer, cfg, device)
     return {row: cell for row, cell in column.items() if cell}
 
 
@@ -457,13 +462,6 @@ def examples(records, texts) -> dict:
     return found
 
 
-def distinct(rows) -> dict:
-    """A cell: different pairs of neighbouring tokens in the replies, as a share of all. It is no
-    mean over prompts, so it has no interval, and it falls with the amount of text."""
-    pairs = [pair for _, ids in rows for pair in zip(ids, ids[1:])]
-    return {"mean": len(set(pairs)) / len(pairs), "n": len(rows)} if pairs else {}
-
-
 def judged(records, replies, mix) -> dict:
     """The rows that the gold judge decides, from texts {(prompt, number): reply}: right and wrong
     from greedy ones, refusals and the gold score from samples."""
@@ -490,7 +488,25 @@ def judged(records, replies, mix) -> dict:
     cells = [families[group] for group in families if re.fullmatch(RATES[WORST], group)]
     column[WORST] = min(cells, key=lambda cell: cell["mean"], default={})
     column["families"] = families
+    column["groups"] = compared(records, hits)
     column["gold score, T=1"] = estimate(by_prompt(records, gold), mix)
+    return column
+
+
+def compared(records, hits) -> dict:
+    """COMPARED's rates by group of prompts, and their gaps, above 0 by chance too (D4 6.1.2)."""
+    column = {}
+    for row in COMPARED:
+        asked = {key: hit for key, hit in hits.items()
+                 if re.fullmatch(RATES[row], records[key[0]]["group"])}
+        for field in ("category", "about", "lang"):
+            rates = []
+            for name, found in sorted(by_prompt(records, asked, field).items()):
+                cell = estimate({name: found}, rate=True)
+                column[f"{row}: {name}"] = cell
+                rates.append(cell["mean"])
+            if rates:
+                column[f"{row}: gap by {field}"] = {"mean": max(rates) - min(rates)}
     return column
 
 
@@ -531,15 +547,16 @@ def estimate(groups, weights=None, rate=False) -> dict:
     }
 
 
-def by_prompt(records, values) -> dict:
+def by_prompt(records, values, field="group") -> dict:
     """{(prompt, number): value or pair} → {group: the mean of each prompt's}, for estimate."""
     prompts = defaultdict(list)
     for (i, _), value in values.items():
-        prompts[i].append(value)
+        if field in records[i]:
+            prompts[i].append(value)
     groups = defaultdict(list)
     for i, found in prompts.items():
         mean = np.mean(found, axis=0)
-        groups[records[i]["group"]].append(tuple(mean) if mean.ndim else mean)
+        groups[records[i][field]].append(tuple(mean) if mean.ndim else mean)
     return groups
 
 
@@ -588,17 +605,19 @@ def reward_scores(cfg, records, device, dtype) -> list[float]:
     return ((scores - mean) / std).tolist()
 
 
-def bits_per_byte(model, tokenizer, cfg, device) -> dict:
-    """Held-out documents up to the context's end, each token predicted from its own document."""
+def text_rows(model, tokenizer, cfg, device) -> dict:
+    """Bits per byte and perplexity per token (which depends on the tokenizer) of held-out documents
+    up to the context's end, each token predicted from its own document."""
     if not Path(cfg.text).exists():
         return {}
     start = [tokenizer.text_end]
     limit = model.config.max_position_embeddings - 1
     rows = [(start, tokenizer.encode(text)[:limit]) for text in read_texts(cfg.text)]
-    pairs = []
-    for (_, ids), logprob in zip(rows, reply_logprobs(model, rows, device)):
-        pairs.append((-logprob / math.log(2), len(tokenizer.decode_bytes(ids))))
-    return estimate({"": pairs})
+    logprobs = reply_logprobs(model, rows, device)
+    sizes = [len(tokenizer.decode_bytes(ids)) for _, ids in rows]
+    bits = estimate({"": [(-a / math.log(2), size) for a, size in zip(logprobs, sizes)]})
+    nats = -sum(logprobs) / sum(len(ids) for _, ids in rows)
+    return {"bits per byte": bits, "perplexity": {"mean": math.exp(nats)}}
 
 
 if __name__ == "__main__":

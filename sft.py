@@ -18,11 +18,11 @@ from typing import Literal
 import torch
 import torch.distributed as dist
 
-from data import Tokenizer, Tokens, collate, epoch_rows, filled, my_micro_batches, read_prompts
-from data import read_rows, render, show, trained
+from data import Tokenizer, Tokens, collate, epoch_rows, filled, my_micro_batches, read_rows
+from data import scores, show, trained
 from model import Tuning, generate, load_model, save_model, token_logprobs, tune, weight_files
-from zero import AdamW, Run, RunConfig, all_sum, launch, lr_at, prepared, print0, print_held
-from zero import setup
+from zero import AdamW, Run, RunConfig, all_sum, everywhere, launch, lr_at, prepared, print0
+from zero import print_held, setup
 
 
 @dataclass
@@ -61,12 +61,46 @@ def my_parts(rows, cfg) -> list[list[tuple]]:
 
 @torch.no_grad()
 def evaluate(model, rows, tokenizer, cfg, device) -> dict:
-    """Loss per reply token on held-out conversations."""
+    """Loss per reply token on held-out conversations; exact match and ROUGE-L of greedy replies."""
     mine = 0.0
     for part in my_parts(rows, cfg):
         mine += float(nll_sum(model, part, tokenizer, device))
     [total] = all_sum(mine, device=device)
-    return {"loss": total / trained(rows)}
+    return {"loss": total / trained(rows)} | judge_replies(model, rows, tokenizer)
+
+
+def last_reply(ids, mask) -> tuple[list[int], list[int]]:
+    """What stands before a row's last reply, and the reply."""
+    stop = len(mask)
+    while not mask[stop - 1]:
+        stop -= 1
+    start = stop
+    while start > 0 and mask[start - 1]:
+        start -= 1
+    return ids[:start], ids[start:stop]
+
+
+def judge_replies(model, rows, tokenizer) -> dict:
+    """Greedy replies in place of the last ones of the first 64 rows, but for those that the context
+    cut; each process makes a share. Shows three; {} without any."""
+    end = tokenizer.end
+    asked = [last_reply(ids, mask) for ids, mask in rows[:64]]
+    asked = [(prompt, reply) for prompt, reply in asked if prompt and reply[-1] == end]
+    if not asked:
+        return {}
+    longest = max(len(reply) for _, reply in asked)
+    mine = range(dist.get_rank(), len(asked), dist.get_world_size())
+    prompts = [asked[i][0] for i in mine]
+    replies = generate(model, prompts, longest, end, temperature=0)
+    everyone = everywhere(dict(zip(mine, replies)))
+    pairs = []
+    for i, (prompt, right) in enumerate(asked):
+        said = tokenizer.decode(everyone[i])
+        pairs.append((said, tokenizer.decode(right)))
+        if i < 3:
+            print0(f"{tokenizer.decode(prompt, specials=True)[-80:]!r} → {said!r}")
+    found = scores(pairs)
+    return {"exact_match": found["exact match"], "rouge_l": found["ROUGE-L"]}
 
 
 def learn(optimizer, rows, weight, tokenizer, cfg, device) -> float:
@@ -93,16 +127,6 @@ def open_replay(cfg, tokenizer):
     tokens = Tokens(f"{cfg.out}/replay.bin", path, tokenizer)
     prepared(tokens.ready, tokens.build)
     return tokens.open(min(128, cfg.context - 1))  # windows as long as pretraining's default
-
-
-def show_replies(model, tokenizer, cfg):
-    """Greedy replies to the first questions of --data."""
-    for record in read_prompts(cfg.data)[:3]:
-        ids, _ = render(record["messages"], tokenizer)
-        if len(ids) < model.config.max_position_embeddings:
-            [reply] = generate(model, [ids], 64, tokenizer.end, temperature=0)
-            asked = record["messages"][-1]["content"][:80]
-            print(f"{asked!r} → {tokenizer.decode(reply)!r}", flush=True)
 
 
 def main(cfg):
@@ -156,8 +180,6 @@ def main(cfg):
     # 4. judge
     with optimizer.gathered():
         result = evaluate(model, val, tokenizer, cfg, device) if val else {}
-        if dist.get_rank() == 0:
-            show_replies(model, tokenizer, cfg)
 
     # 5. save
     save_model(cfg.out, model, optimizer.full_parameters(), dist.get_rank() == 0, tokenizer)

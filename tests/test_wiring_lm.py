@@ -20,7 +20,7 @@ import torch.distributed as dist
 import pretrain
 import sft
 import zero
-from data import SPECIALS, Tokenizer, Tokens, epoch_rows, render, show, train_bpe
+from data import SPECIALS, Tokenizer, Tokens, epoch_rows, render, rouge, show, train_bpe
 from model import CausalLM, ModelConfig, generate, load_config, load_model, read_safetensors
 from model import save_model, tune
 from tiny import DOCUMENTS, HELD, MORE, OTHER, SHAPE, TALKS, TOK, checkpoint, furnish, logged
@@ -164,6 +164,24 @@ def test_the_end_of_the_text_is_held_out_from_training_and_from_the_tokenizer(
 # ---------------------------------------------------------------- SFT (有监督微调)
 
 
+def judged_replies(net, records, cfg, found):
+    """Exact match and ROUGE-L of greedy replies to what comes before each whole last reply; the
+    first three were shown."""
+    asked, pairs = [], []
+    template = "chat" if cfg.template == "auto" else cfg.template
+    for r in records:
+        ids, _ = render(r["messages"], TOK, template)
+        prompt, _ = render(r["messages"][:-1], TOK, template) if r["messages"][1:] else ([], [])
+        if r["messages"][-1]["role"] == "assistant" and prompt and len(ids) <= cfg.context:
+            asked.append((prompt, len(ids) - len(prompt), r["messages"][-1]["content"]))
+    for prompt, _, right in asked:
+        [reply] = generate(net, [prompt], max(n for _, n, _ in asked), TOK.ids["<|end|>"], temperature=0)
+        pairs.append((TOK.decode(reply), right))
+    for (prompt, *_), (reply, _) in zip(asked[:3], pairs):
+        compare_words(found, [f"{TOK.decode(prompt, specials=True)[-80:]!r} → {reply!r}"])
+    return {"exact_match": sum(a == b for a, b in pairs) / len(pairs), "rouge_l": rouge(pairs)}
+
+
 def readable(records, cfg):
     """(ids, mask) of the conversations that leave something to train on within the context."""
     template = "chat" if cfg.template == "auto" else cfg.template
@@ -177,8 +195,11 @@ def readable(records, cfg):
     return [(ids, mask) for ids, mask in rows if sum(mask[1:]) > 0]
 
 
+HELD_OUT = {"replay, epochs": TALKS[-3:], "bare text, steps": OTHER}
+
+
 @WORLDS
-@pytest.mark.parametrize("case", ["replay, epochs", "bare text, steps"])
+@pytest.mark.parametrize("case", HELD_OUT)
 def test_sft_takes_the_steps_of_a_plain_loop_and_is_judged_on_conversations_it_never_saw(
         home, run, tmp_path, case, world, stage):
     cfg = sft.Config(**COMMON, out=str(tmp_path / "out"), zero=stage, init=f"{home}/base",
@@ -208,16 +229,13 @@ def test_sft_takes_the_steps_of_a_plain_loop_and_is_judged_on_conversations_it_n
     expected = train_plainly(net, losses_of, cfg, steps=4)
     with torch.no_grad():
         judged = {"loss": mean_nll(net, held).item()}
+    judged |= judged_replies(net, HELD_OUT[case], cfg, found)
     compare(cfg, found, net, expected, judged, tokens=sum(sizes))
     assert Tokenizer.load(cfg.out).hash == TOK.hash
     targets = sum(sum(mask[1:]) for _, mask in rows)
     compare_words(found, [f"{len(rows)} rows to train on", f" real, {targets} targets",
                           f"{len(held)} rows held out", show(rows[:1], TOK),
                           f"replay: {home}/corpus.jsonl" if corpus else "replay: none"])
-    for asked in (TALKS[0]["messages"][:1], TALKS[2]["messages"][:3]):  # the second is too long
-        prompt, _ = render(asked, TOK, Tokenizer.load(cfg.out).template)
-        [reply] = generate(net, [prompt], 64, TOK.ids["<|end|>"], temperature=0)
-        compare_words(found, [f"{asked[-1]['content']!r} → {TOK.decode(reply)!r}"])
 
 
 @pytest.fixture(scope="module")
@@ -256,7 +274,8 @@ def test_sft_trains_what_tune_says_as_a_plain_loop_does_and_keeps_the_rest(
     for row, right in zip(logged(cfg.out), expected, strict=True):
         assert {key: row[key] for key in right} == close(right)
     with torch.no_grad():
-        assert found[0]["result"] == close({"loss": mean_nll(net, held).item()})
+        judged = {"loss": mean_nll(net, held).item()} | judged_replies(net, OTHER, cfg, found)
+        assert found[0]["result"] == close(judged)
         saved = load_model(cfg.out, dtype=torch.float64)
         ids = torch.tensor([rows[0][0]])
         torch.testing.assert_close(saved(ids), net(ids), rtol=0, atol=1e-9)
