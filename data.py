@@ -717,12 +717,15 @@ def trained(rows) -> int:
     return sum(sum(mask[1:]) for _, mask in rows)
 
 
-def read_rows(paths, tokenizer, turns: str = "all", context: int = 256) -> tuple[list, str]:
-    """(ids, mask) of every conversation, cut to `context` tokens; and in words their lengths, and
-    what was cut or dropped and why. turns "all" is D0's way (4.2.2); it calls two unreasonable:
-    "last", which loses what the earlier replies teach, and "split", a row for each reply with all
-    that stands before it, which computes the start again and again."""
+def read_rows(paths, tokenizer, turns: str = "all", context: int = 256) -> tuple:
+    """(ids, mask) of every conversation, cut to `context` tokens; the task of each, its "task" or
+    "family" if it tells one; in words their lengths, and what was cut or dropped and why.
+
+    turns "all" is D0's way (4.2.2); it calls two unreasonable: "last", which loses what the earlier
+    replies teach, and "split", a row for each reply with all that stands before it, which computes
+    the start again and again."""
     rows = []
+    tasks = []
     lengths = []
     silent = 0
     for record in read_conversations(paths):
@@ -734,6 +737,7 @@ def read_rows(paths, tokenizer, turns: str = "all", context: int = 256) -> tuple
             row = ids[:context], mask[:context]
             if trained([row]):
                 rows.append(row)
+                tasks.append(str(record.get("task") or record.get("family") or ""))
     if not lengths:
         raise SystemExit(f"{paths}: no record holds a reply; known: {KNOWN}; the last one has "
                          f"{', '.join(sorted(set(record) - {'messages'}))}")
@@ -741,11 +745,12 @@ def read_rows(paths, tokenizer, turns: str = "all", context: int = 256) -> tuple
         raise SystemExit(f"{paths}: no conversation has a reply within --context {context}")
     lengths.sort()
     share = trained(rows) / sum(len(ids) for ids, _ in rows)
-    return rows, (f"{paths}: {len(lengths):,} rows of {lengths[0]} to {lengths[-1]} tokens, half "
-                  f"of them of at most {lengths[len(lengths) // 2]}; "
-                  f"{sum(n > context for n in lengths):,} cut to --context {context}; dropped: "
-                  f"{len(lengths) - len(rows):,} with their reply cut off, {silent:,} without one; "
-                  f"{share:.0%} of the tokens left are trained")
+    longer = sum(n > context for n in lengths)
+    told = (f"{paths}: {len(lengths):,} rows of {lengths[0]} to {lengths[-1]} tokens, half of them "
+            f"of at most {lengths[len(lengths) // 2]}; {longer:,} cut to --context {context}; "
+            f"dropped: {len(lengths) - len(rows):,} with their reply cut off, {silent:,} without "
+            f"one; {share:.0%} of the tokens left are trained")
+    return rows, tasks, told
 
 
 def fit(prompt: list[int], reply: list[int], limit: int) -> tuple[list[int], list[int]]:
@@ -2340,7 +2345,7 @@ def main():
     if args.command == "show":
         tokenizer = Tokenizer.load(args.tokenizer)
         tokenizer.template = args.template or tokenizer.template
-        rows, told = read_rows(args.data, tokenizer, args.turns, args.context)
+        rows, _, told = read_rows(args.data, tokenizer, args.turns, args.context)
         print(show(rows[: args.n], tokenizer), told, sep="\n")
         return
     began = time.time()

@@ -42,6 +42,7 @@ class Config(RunConfig):
     steps: int = 0  # optimizer steps; 0: as many as --epochs makes
     batch_size: int = 64  # conversations per optimizer step over all processes
     lr: float = 1.4e-3  # peak learning rate, after warmup
+    task_weights: str = ""  # of tasks in the loss: "sums=2,lists=0.5", or uncertainty
     tune: Tuning = "full"  # what is trained: model.py's `tune` explains each
     tune_size: int = 8  # LoRA's rank; an adapter's width; learned tokens; last blocks (freeze)
     alpha: float = 16.0  # LoRA's change is scaled by alpha / tune-size
@@ -59,14 +60,30 @@ def my_parts(rows, cfg) -> list[list[tuple]]:
     return [[rows[i] for i in part] for part in parts]
 
 
+def by_task(rows, tasks) -> dict[str, list]:
+    """{task: its rows}, sorted: on every process the same."""
+    groups = {task: [] for task in sorted(set(tasks))}
+    for row, task in zip(rows, tasks):
+        groups[task].append(row)
+    return groups
+
+
 @torch.no_grad()
-def evaluate(model, rows, tokenizer, cfg, device) -> dict:
-    """Loss per reply token on held-out conversations; exact match and ROUGE-L of greedy replies."""
-    mine = 0.0
-    for part in my_parts(rows, cfg):
-        mine += float(nll_sum(model, part, tokenizer, device))
-    [total] = all_sum(mine, device=device)
-    return {"loss": total / trained(rows)} | judge_replies(model, rows, tokenizer)
+def evaluate(model, rows, tasks, tokenizer, cfg, device) -> dict:
+    """Loss per reply token on held-out conversations, of each task too where there are several;
+    exact match and ROUGE-L of greedy replies."""
+    groups = by_task(rows, tasks)
+    mine = dict.fromkeys(groups, 0.0)
+    for task in groups:
+        for part in my_parts(groups[task], cfg):
+            mine[task] += float(nll_sum(model, part, tokenizer, device))
+    totals = dict(zip(groups, all_sum(*mine.values(), device=device)))
+    result = {"loss": sum(totals.values()) / trained(rows)}
+    if len(groups) > 1:
+        result["losses"] = {task: totals[task] / trained(groups[task]) for task in groups}
+        told = (f"{task or 'none'} {loss:.3g}" for task, loss in result["losses"].items())
+        print0("loss of each task: " + ", ".join(told))
+    return result | judge_replies(model, rows, tokenizer)
 
 
 def last_reply(ids, mask) -> tuple[list[int], list[int]]:
@@ -116,6 +133,42 @@ def learn(optimizer, rows, weight, tokenizer, cfg, device) -> float:
     return loss
 
 
+def weights_of(groups, setting, known) -> dict[str, float]:
+    """Each task's weight in a step's loss (D4 3.4), 1 in sum. setting: "sums=2,lists=0.5", others
+    weigh 1; or "uncertainty": 1 / its last known loss. D4's MultiTaskLoss learns s in exp(-s)·L + s
+    (Kendall et al. 2018), which is least where exp(s) = L: so nothing needs to be learned."""
+    if setting == "uncertainty":
+        weights = {task: 1 / max(1e-3, known.get(f"{task} loss", 1.0)) for task in groups}
+    else:
+        try:
+            given = {task: float(x) for task, x in (part.split("=") for part in setting.split(","))}
+        except ValueError:
+            raise SystemExit(f'--task-weights {setting}: write "task=2,other=0.5" or uncertainty')
+        weights = {task: given.get(task, 1.0) for task in groups}
+    total = sum(weights.values()) or 1.0
+    return {task: weight / total for task, weight in weights.items()}
+
+
+def learn_tasks(optimizer, groups, known, tokenizer, cfg, device) -> dict:
+    """`learn` for each task by its weight: the weighted sum of their mean losses, and each."""
+    losses = {"loss": 0.0}
+    for task, weight in weights_of(groups, cfg.task_weights, known).items():
+        loss = learn(optimizer, groups[task], weight, tokenizer, cfg, device)
+        losses[f"{task} loss"] = loss
+        losses["loss"] += weight * loss
+    return losses
+
+
+def read_data(cfg, tokenizer) -> tuple:
+    """Rows and their tasks, those held out and theirs, and what is to be told of them."""
+    rows, tasks, told = read_rows(cfg.data, tokenizer, cfg.turns, cfg.context)
+    if cfg.val_data:
+        val, val_tasks, more = read_rows(cfg.val_data, tokenizer, cfg.turns, cfg.context)
+        return rows, tasks, val, val_tasks, f"{told}\n{more}"
+    end = len(rows) - int(len(rows) * cfg.val_fraction)
+    return rows[:end], tasks[:end], rows[end:], tasks[end:], told
+
+
 def open_replay(cfg, tokenizer):
     """The pretraining text to replay, or None."""
     path = cfg.replay
@@ -135,14 +188,7 @@ def main(cfg):
     tokenizer = Tokenizer.load(cfg.init)
     if cfg.template != "auto":
         tokenizer.template = cfg.template
-    rows, told = read_rows(cfg.data, tokenizer, cfg.turns, cfg.context)
-    if cfg.val_data:
-        val, more = read_rows(cfg.val_data, tokenizer, cfg.turns, cfg.context)
-        told += "\n" + more
-    else:
-        end = len(rows) - int(len(rows) * cfg.val_fraction)
-        val = rows[end:]
-        rows = rows[:end]
+    rows, tasks, val, val_tasks, told = read_data(cfg, tokenizer)
     steps = cfg.steps or max(1, round(cfg.epochs * len(rows) / cfg.batch_size))
     files = [*cfg.data.split(","), *filter(None, cfg.val_data.split(","))]
     run = Run(cfg, steps, inputs=[*files, *weight_files(cfg.init)])
@@ -163,9 +209,17 @@ def main(cfg):
     print_held("model", optimizer)
 
     # 3. loop
-    for step in range(run.resume(model=optimizer), steps):
-        batch = [rows[i] for i in epoch_rows(cfg.seed, step, cfg.batch_size, len(rows))]
-        losses = {"loss": learn(optimizer, batch, 1.0, tokenizer, cfg, device)}
+    start = run.resume(model=optimizer)
+    known = run.last_metrics()  # of each task the last loss
+    for step in range(start, steps):
+        chosen = epoch_rows(cfg.seed, step, cfg.batch_size, len(rows))
+        batch = [rows[i] for i in chosen]
+        if cfg.task_weights:
+            groups = by_task(batch, [tasks[i] for i in chosen])
+            losses = learn_tasks(optimizer, groups, known, tokenizer, cfg, device)
+            known |= losses
+        else:
+            losses = {"loss": learn(optimizer, batch, 1.0, tokenizer, cfg, device)}
         tokens = sum(len(ids) for ids, _ in batch)
         if replay:
             windows = replay.batch(cfg.seed, step, cfg.replay_rows)  # (replay_rows, T + 1)
@@ -179,7 +233,7 @@ def main(cfg):
 
     # 4. judge
     with optimizer.gathered():
-        result = evaluate(model, val, tokenizer, cfg, device) if val else {}
+        result = evaluate(model, val, val_tasks, tokenizer, cfg, device) if val else {}
 
     # 5. save
     save_model(cfg.out, model, optimizer.full_parameters(), dist.get_rank() == 0, tokenizer)

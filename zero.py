@@ -1038,6 +1038,14 @@ class Run:
         self.began = time.time()
         return self.first
 
+    def last_metrics(self) -> dict:
+        """What was last logged under each name before this start, on every process. Collective."""
+        dist.barrier()  # rank 0 has cut the file off
+        known = {}
+        for line in self.metrics.read_text(encoding="utf-8").splitlines():
+            known |= json.loads(line)
+        return known
+
     def seconds(self) -> float:
         """What the run took so far, over all its processes."""
         return self.before + time.time() - self.began

@@ -311,7 +311,7 @@ def test_rows_are_cut_at_the_context_and_those_without_a_reply_dropped(tmp_path)
     lines = [json.dumps({"question": "q" * n, "answer": "yes"}) for n in (2, 8, 9, 30)]
     lines.append('{"question": "q"}')
     path = write(tmp_path / "a.jsonl", "\n".join(lines))
-    rows, said = read_rows(path, BYTES, context=12)
+    rows, _, said = read_rows(path, BYTES, context=12)
     assert [(len(ids), sum(mask)) for ids, mask in rows] == [(9, 4), (12, 1)]
     assert said == (f"{path}: 4 rows of 9 to 37 tokens, half of them of at most 16; 3 cut to "
                     "--context 12; dropped: 2 with their reply cut off, 1 without one; "

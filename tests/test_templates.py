@@ -167,8 +167,8 @@ def test_a_row_per_reply_gives_the_gradient_of_all_replies_at_once_and_computes_
     assert said["split"][1] > said["all"][1] == said["last"][1]
     assert said["split"][2] == said["all"][2] > said["last"][2]
     tokenizer = Tokenizer.load(tmp_path / "all")
-    every, _ = read_rows(path, tokenizer, "split", 200)
-    cut, words = read_rows(path, tokenizer, "split", len(every[0][0]))  # the next replies lie behind
+    every, _, _ = read_rows(path, tokenizer, "split", 200)
+    cut, _, words = read_rows(path, tokenizer, "split", len(every[0][0]))  # the next replies lie behind
     assert cut[0] == every[0] and f"dropped: {6 - len(cut)} with their" in words and len(cut) < 4
 
 

@@ -288,6 +288,80 @@ def test_sft_trains_what_tune_says_as_a_plain_loop_does_and_keeps_the_rest(
     assert files == {"model.safetensors" if whole else "adapter_model.safetensors"}
 
 
+# The task of each conversation, by the field that tells it; one has neither.
+TASKS = [{"task": "a"}, {"family": "b"}, {"task": "c"}, {"task": "b", "family": "a"}, {}] * 3
+
+
+def weighted(setting, last, tasks):
+    """Written out: what the weights of these tasks are."""
+    if setting == "uncertainty":
+        weights = {task: 1 / last.get(task, 1.0) for task in tasks}
+    else:
+        weights = {task: {"a": 2.0, "": 0.5}.get(task, 1.0) for task in tasks}
+    return {task: weight / sum(weights.values()) for task, weight in weights.items()}
+
+
+@pytest.mark.parametrize("setting, world, stage", [
+    ("a=2,=0.5", 1, 0), ("uncertainty", 1, 0), ("uncertainty", 2, 3)])
+def test_sft_weighs_the_mean_losses_of_tasks_and_is_judged_on_each(
+        home, ranks, alone, tmp_path, monkeypatch, setting, world, stage):
+    records = [record | task for record, task in zip(TALKS, TASKS)]
+    data = write_jsonl(tmp_path / "tasks.jsonl", records)
+    cfg = sft.Config(**COMMON, out=str(tmp_path / "out"), zero=stage, init=f"{home}/base", data=data,
+                     val_fraction=0.4, replay="none", context=40, micro_tokens=60, steps=4,
+                     batch_size=4, task_weights=setting, save_every=2)
+    rows, names = [], []
+    for record in records:
+        for row in readable([record], cfg):
+            rows.append(row)
+            names.append(record.get("task", record.get("family", "")))
+    train = len(rows) - int(len(rows) * 0.4)
+    net, last, total = load_model(home / "base", dtype=torch.float64), {}, []
+
+    def losses_of(step):
+        groups = {}
+        for i in epoch_rows(cfg.seed, step, cfg.batch_size, train):
+            groups.setdefault(names[i], []).append(rows[i])
+        weights = weighted(setting, last, groups)
+        losses = {f"{task} loss": (mean_nll(net, found), weights[task])
+                  for task, found in groups.items()}
+        last.update({task: losses[f"{task} loss"][0].item() for task in groups})
+        total.append(sum(loss.item() * weight for loss, weight in losses.values()))
+        return losses
+
+    if world > 1:
+        ranks(world, watched, "sft", cfg)
+    else:  # stopped half-way, and taken up again: the weights go on from the last losses
+        plain_boundary = zero.Run.boundary
+        monkeypatch.setattr(zero.Run, "boundary", lambda self, step, **optimizers: (
+            setattr(self, "stopping", self.first == 0 and step == 1),
+            plain_boundary(self, step, **optimizers)))
+        with pytest.raises(SystemExit):
+            watched(0, "sft", cfg)
+        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+        watched(0, "sft", cfg)
+    expected = train_plainly(net, losses_of, cfg, steps=4)
+    assert len({len(row) for row in expected}) > 1, "some steps lack a task"
+    for row, right, loss in zip(logged(cfg.out), expected, total, strict=True):
+        assert {key: row[key] for key in right} == close(right)
+        assert row["loss"] == close(loss)
+    held = {}
+    for row, name in zip(rows[train:], names[train:]):
+        held.setdefault(name, []).append(row)
+    with torch.no_grad():
+        each = {name: mean_nll(net, found).item() for name, found in held.items()}
+        whole = mean_nll(net, rows[train:]).item()
+    found = json.loads((tmp_path / "out/eval.json").read_text(encoding="utf-8"))
+    assert found["losses"] == close(each) and found["loss"] == close(whole) and len(each) > 2
+
+
+def test_weights_of_tasks_that_cannot_be_read_are_named():
+    for setting in ("a", "a=x", "a=1,b"):
+        with pytest.raises(SystemExit, match="--task-weights a.*: write"):
+            sft.weights_of({"a": []}, setting, {})
+    assert sft.weights_of({"a": [], "b": []}, "a=0,b=0", {}) == {"a": 0.0, "b": 0.0}
+
+
 def test_with_lora_a_saved_state_holds_what_is_trained_alone_and_goes_on_from_there(
         with_biases, home, run, tmp_path, monkeypatch):
     cfg = sft.Config(**COMMON, init=str(with_biases), data=f"{home}/talks.jsonl", replay="none",
