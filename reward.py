@@ -334,7 +334,7 @@ def table(cfg):
     records, mix = held_out(cfg.data, cfg.prompts, cfg.limit)
     columns = {}
     for folder in cfg.models.split(","):
-        if Path(folder, "config.json").exists():
+        if holds_model(folder):
             columns[folder] = judge_model(folder, records, mix, cfg, device, dtype)
     if not columns:
         raise SystemExit(f"{cfg.models}: none of these folders holds a model")
@@ -343,6 +343,12 @@ def table(cfg):
     if dist.get_rank() == 0:
         write_text(cfg.out, json.dumps(columns, indent=2, ensure_ascii=False))
     return columns
+
+
+def holds_model(folder) -> bool:
+    """Whether a run left a model there, whole or as what tuning adds to another."""
+    names = ("config.json", "adapter_config.json")
+    return any(Path(folder, name).exists() for name in names)
 
 
 def held_out(data, prompts, limit=0) -> tuple[list[dict], Counter]:
@@ -578,7 +584,7 @@ def reply_logprobs(model, rows, device) -> list[float]:
 
 def reference_logprobs(cfg, tokenizer, rows, device, dtype) -> list[float]:
     """The same under the reference; [] without one, or with another tokenizer or template."""
-    if not Path(cfg.reference, "config.json").exists():
+    if not holds_model(cfg.reference):
         return []
     its = Tokenizer.load(cfg.reference)
     if (its.hash, its.template) != (tokenizer.hash, tokenizer.template):
@@ -591,7 +597,7 @@ def reference_logprobs(cfg, tokenizer, rows, device, dtype) -> list[float]:
 def reward_scores(cfg, records, device, dtype) -> list[float]:
     """The reward model's score of each record's one reply, normalized as PPO does it; [] without a
     reward model."""
-    if not records or not Path(cfg.reward, "config.json").exists():
+    if not records or not holds_model(cfg.reward):
         return []
     tokenizer = Tokenizer.load(cfg.reward)
     seen = read_result(cfg.reward, "eval.json")

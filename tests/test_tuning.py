@@ -12,6 +12,7 @@ import torch.nn as nn
 
 import data
 import model as module
+import reward
 from model import CausalLM, FourBit, LoRA, ModelConfig, QLoRA, ScalarModel, generate, load_model
 from model import normal_float, quantized, read_safetensors, replace, save_model, token_logprobs
 from model import tune, unpacked, untuned, write_safetensors
@@ -234,6 +235,22 @@ def test_a_folder_that_was_tuned_whole_after_all_holds_nothing_of_the_adapter(tm
     save_model(tmp_path / "out", moved(net))
     save_model(tmp_path / "out", fresh())
     torch.testing.assert_close(load_model(tmp_path / "out")(IDS), fresh().float()(IDS))
+
+
+def test_the_table_judges_what_tuning_added_like_any_other_model(alone, tmp_path, monkeypatch):
+    monkeypatch.setattr(reward, "setup", lambda cfg: (torch.device("cpu"), torch.float64))
+    (tmp_path / "text.txt").write_text("ab abc, a text", encoding="utf-8")
+    net = fresh()
+    save_model(tmp_path / "base", net, tokenizer=TOK)
+    tune(net, "lora", 2, 5.0, tmp_path / "base")
+    save_model(tmp_path / "lora", moved(net), tokenizer=TOK)
+    folders = [f"{tmp_path}/base", f"{tmp_path}/lora"]
+    columns = reward.table(reward.TableConfig(
+        models=",".join(folders), data="none", text=f"{tmp_path}/text.txt", reward="none",
+        reference="none", out=f"{tmp_path}/table.json"))
+    assert list(columns) == folders
+    first, second = (columns[folder]["bits per byte"]["mean"] for folder in folders)
+    assert abs(first - second) > 1e-3
 
 
 def test_lora_is_written_under_pefts_names_and_one_of_some_matrices_opens(tmp_path):
