@@ -4,9 +4,9 @@ and the default world.
     python data.py world --out out/data            the default world: crawl, cleaning, tokenizer
     python data.py clean IN ... --out FILE         pages and texts of your own, cleaned (.jsonl)
     python data.py bpe --data a.txt --out DIR      train a tokenizer on files of your own
-    python data.py show --data FILE --tokenizer D  conversations as rendered, trained tokens green
-    python data.py stats --data a.txt,b.jsonl      documents, tokens, lengths of each file
-    python data.py score --predictions FILE        exact match, ROUGE, BLEU of a model's replies
+    python data.py show FILE --tokenizer D         conversations as rendered, trained tokens green
+    python data.py stats a.txt b.jsonl             documents, tokens, lengths of each file
+    python data.py score FILE                      exact match, ROUGE, BLEU of a model's replies
 
 All of it is a function of its arguments and a seed. A conversation's ids and its loss mask are made
 in one loop (`render`); targets are shifted by one in one place (`collate`). Text is encoded without
@@ -1096,7 +1096,8 @@ class Page(HTMLParser):
 
 def extract_text(page: str) -> str:
     """正文提取: what an HTML page shows, paragraphs parted by empty lines; no forms, no menus."""
-    page = regex.sub(r"(?s)<!\[.*?>|<[a-zA-Z/!][^<>]*\Z", "", page)  # for Word; a tag cut off
+    # comments, among them those for old browsers and Word; a tag that is cut off
+    page = regex.sub(r"(?s)<!--.*?-->|<!\[.*?>|<[a-zA-Z/!][^<>]*\Z", "", page)
     text = "".join(Page(page).parts).replace(CELL, "\n\n")
     text = regex.sub(r" *\n *", "\n", text).replace("\xa0", " ")
     return regex.sub(r"\n{3,}", "\n\n", text).strip()
@@ -2304,7 +2305,7 @@ def main():
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     flag = parser.add_argument
     flag("command", choices=["world", "clean", "bpe", "show", "stats", "score"])
-    flag("inputs", nargs="*", metavar="IN", help="files and folders (clean)")
+    flag("inputs", nargs="*", metavar="IN", help="files; for clean folders too")
     flag("--out", help="folder to write to (out/data); for clean the .jsonl")
     flag("--data", "--predictions", default="", help="file(s), comma-separated")
     flag("--references", default="", help="file of references, if --predictions has none (score)")
@@ -2325,15 +2326,16 @@ def main():
     flag("--quality", type=float, default=0.5, help="the least P(good) that is kept (clean)")
     flag("--show-dropped", type=int, default=0, help="examples of what each rule drops (clean)")
     args = parser.parse_intermixed_args()
-    if (args.command == "clean") != bool(args.inputs):
-        parser.error("clean needs files or folders, the other commands take none")
     if args.command == "clean":
+        if not args.inputs:
+            parser.error("clean needs files or folders")
         if not args.out or Path(args.out).is_dir() or bool(args.good) != bool(args.bad):
             parser.error("clean needs --out FILE, and --good and --bad together")
         return write_clean(args)
     args.out = args.out or "out/data"
-    if args.command != "world" and not args.data:
-        parser.error(f"{args.command} needs --data FILE")
+    args.data = args.data or ",".join(args.inputs)
+    if (args.command == "world") == bool(args.data):
+        parser.error(f"{args.command} needs a file, world none")
     if args.command == "score":
         pairs = scored_pairs(args.data, args.references)
         print(f"{len(pairs)} predictions with a reference, in percent")

@@ -377,6 +377,7 @@ def test_minhash_estimates_what_two_texts_share_within_an_eighth():
 
 PAGE = """<!DOCTYPE html><html><head><title>no</title><script>if (a<b) {write("<p>no</p>")}</script>
 <style>p {no: 0}</style></head><body class="has-sidebar"><!-- <p>no</p> -->
+<!--[if lte IE 8]><p>no<![endif]--><![if !IE]>
 <nav><ul><li><a title="a > b">no</a></ul></nav><div class="top menu"><div>no</div>no</div>
 <header><h1>How to bake<a href=#how> ¶ </a></h1></header><div>First &amp; last</div>
 <ul><li>Two <b>eg</b>gs</li>
