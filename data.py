@@ -1526,7 +1526,7 @@ def scored_pairs(predictions: str, references: str = "") -> list[tuple[str, str]
     """(prediction, reference) of each record: its "prediction", or the reply that ends its
     "messages"; the "reference", "answer" or "output" beside it, or in the other file's record."""
     records = list(read_json(predictions))
-    others = list(read_json(references or predictions))
+    others = list(read_json(references)) if references else records
     if len(others) != len(records):
         raise SystemExit(f"{references}: {len(others)} records; give {len(records)}, in order")
     pairs = []

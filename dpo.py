@@ -16,7 +16,6 @@ Expect: the first loss is ln 2. The chosen reply's reward may fall while the mar
 
 import math
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 import torch.distributed as dist
@@ -25,12 +24,12 @@ import torch.nn.functional as F
 from data import Tokenizer, collate, epoch_rows, filled, fit, my_micro_batches, read_comparisons
 from data import render
 from model import load_model, save_model, token_logprobs, tune, untuned, weight_files
-from zero import AdamW, Run, RunConfig, Sharded, all_sum, everywhere, keyed_seed, launch, lr_at
-from zero import print0, print_held, setup
+from zero import AdamW, Run, Sharded, TuneConfig, all_sum, everywhere, keyed_seed, launch, lr_at
+from zero import optimizer_of, print0, print_held, setup
 
 
 @dataclass
-class Config(RunConfig):
+class Config(TuneConfig):
     init: str = "out/sft"  # checkpoint to start from
     reference: str = ""  # frozen model to stay near; empty: --init
     out: str = "out/dpo"  # folder of this run
@@ -44,9 +43,6 @@ class Config(RunConfig):
     epochs: float = 2.0  # passes over the pairs
     batch_size: int = 16  # pairs per optimizer step over all processes
     lr: float = 1e-4  # peak learning rate, after warmup: far below SFT's, or the model is ruined
-    tune: Literal["full", "lora"] = "full"  # what is trained: everything, or LoRA's matrices
-    tune_size: int = 8  # LoRA's rank
-    alpha: float = 16.0  # LoRA's change is scaled by alpha / tune-size
     steps: int = 0  # optimizer steps; 0: as many as --epochs makes
 
 
@@ -117,9 +113,7 @@ def open_policy(cfg, device, dtype) -> AdamW:
     """The model that is trained."""
     model = load_model(cfg.init)
     tune(model, cfg.tune, cfg.tune_size, cfg.alpha, cfg.init)
-    model.model.activation_checkpointing = cfg.checkpointing
-    return AdamW(model, cfg.zero, dtype, device, weight_decay=cfg.weight_decay,
-                 grad_clip=cfg.grad_clip, offload=cfg.offload)
+    return optimizer_of(model, cfg, device, dtype)
 
 
 @torch.no_grad()
@@ -181,7 +175,8 @@ def main(cfg):
     if cfg.reference:
         files += weight_files(cfg.reference)
     run = Run(cfg, steps, inputs=files)
-    real = filled([[len(ids) - 1 for ids, _ in pair] for pair in pairs[:trained]], cfg)
+    lengths = [[len(ids) - 1 for ids, _ in pair] for pair in pairs[:trained]]
+    real = filled(lengths, cfg)
     print0(f"{trained} pairs, {held} held out; {real:.0%} of the tokens computed are real")
     # 2. models: the policy, and what the reference says of every pair
     if cfg.tune == "lora" and not cfg.reference:  # the policy without its LoRA

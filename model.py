@@ -24,6 +24,7 @@ import time
 import unicodedata
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Literal
 
@@ -583,11 +584,18 @@ def quantized(weight):
     return pairs.flatten(), scales.flatten(), constants.view(torch.uint8)
 
 
+@lru_cache
+def pairs_of_bytes(device) -> torch.Tensor:
+    """The two values that each byte stands for (256, 2)."""
+    with torch.inference_mode(False):  # made in generation, they still serve training
+        values = normal_float()
+        pairs = torch.stack([values.repeat_interleave(16), values.repeat(16)], 1)
+        return pairs.to(device)
+
+
 def unpacked(codes, scales, constants, shape):
     """The matrix of this shape again, in fp32."""
-    values = normal_float().to(codes.device)
-    pairs = torch.stack([values.repeat_interleave(16), values.repeat(16)], 1)  # of each byte
-    blocks = F.embedding(codes.int(), pairs).view(-1, BLOCK)
+    blocks = F.embedding(codes.int(), pairs_of_bytes(codes.device)).view(-1, BLOCK)
     largest = scales.view(-1, GROUP) * (constants.view(torch.float32) / 255)[:, None]
     each = largest.view(-1, 1)[: len(blocks)]
     flat = (blocks * each).flatten()
@@ -980,7 +988,7 @@ def load_model(folder, kind=CausalLM, device="cpu", dtype=torch.float32):
     than the file's mapped pages are in memory, which the system takes back when it needs them."""
     if (Path(folder) / "adapter_config.json").exists():
         return load_added(Path(folder), kind, device, dtype)
-    with torch.device("meta"):  # shapes
+    with torch.device("meta"), Shapes():
         model = kind(load_config(folder))
     weights = {}
     if kind is ScalarModel:

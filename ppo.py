@@ -19,7 +19,6 @@ Expect: first ratio 1 and first KL 0; the score rises while KL stays below a nat
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 import torch
@@ -29,12 +28,12 @@ from data import Tokenizer, collate, epoch_rows, gold_score, my_micro_batches, p
 from data import read_prompts, render
 from model import CausalLM, ScalarModel, generate, load_model, save_model, token_logprobs
 from model import tune, untuned, weight_files
-from zero import AdamW, Run, RunConfig, Sharded, all_sum, everywhere, keyed_seed, launch, lr_at
-from zero import print0, print_held, setup
+from zero import Run, Sharded, TuneConfig, all_sum, everywhere, in_shares, keyed_seed, launch, lr_at
+from zero import optimizer_of, print0, print_held, setup
 
 
 @dataclass
-class Config(RunConfig):
+class Config(TuneConfig):
     init: str = "out/sft"  # checkpoint to start from; also the reference
     reward: str = "out/reward"  # the reward model
     out: str = "out/ppo"  # folder of this run
@@ -55,9 +54,6 @@ class Config(RunConfig):
     gamma: float = 1.0  # discount per token
     lam: float = 0.95  # GAE's λ
     missing_end_score: float = -1.0  # normalized score of a reply that did not end
-    tune: Literal["full", "lora"] = "full"  # what is trained: everything, or LoRA's matrices
-    tune_size: int = 8  # LoRA's rank
-    alpha: float = 16.0  # LoRA's change is scaled by alpha / tune-size
 
 
 # ================================================================================ the algorithm
@@ -136,12 +132,14 @@ def respond(policy, queries, seeds, tokenizer, cfg) -> list[Rollout]:
     """Samples a reply to each query, this rank a share of them; every rank gets all."""
     end = tokenizer.end
     ends = [end, tokenizer.text_end]
-    mine = range(dist.get_rank(), len(queries), dist.get_world_size())
-    asked = [queries[i] for i in mine]
-    seeds = [seeds[i] for i in mine]
+
+    def reply(mine):
+        asked = [queries[i] for i in mine]
+        own = [seeds[i] for i in mine]
+        return generate(policy.model, asked, cfg.max_new_tokens, ends, seeds=own)
+
     with policy.gathered():  # one gather for the whole rollout: ranks end at different tokens
-        replies = generate(policy.model, asked, cfg.max_new_tokens, ends, seeds=seeds)
-    everyone = everywhere(dict(zip(mine, replies)))
+        everyone = in_shares(range(len(queries)), reply)
     rollouts = []
     for i, query in enumerate(queries):
         rollouts.append(Rollout(query, everyone[i], everyone[i][-1] == end))
@@ -287,19 +285,16 @@ def summary(rollouts) -> dict:
 def open_models(cfg, device, dtype) -> dict:
     """The four models by name; each is printed with what it holds here. With LoRA two are enough:
     the policy's base is the reference, the value model's base the reward model."""
-    place = (cfg.zero, dtype, device)
     models = {}
-    for name, folder, kind in (
-            ("policy", cfg.init, CausalLM), ("value", cfg.reward, ScalarModel)):
+    for name, frozen, folder, kind in (("policy", "reference", cfg.init, CausalLM),
+                                       ("value", "reward", cfg.reward, ScalarModel)):
         model = load_model(folder, kind)
         tune(model, cfg.tune, cfg.tune_size, cfg.alpha, folder)
-        model.model.activation_checkpointing = cfg.checkpointing
-        models[name] = AdamW(model, *place, weight_decay=cfg.weight_decay, grad_clip=cfg.grad_clip,
-                             offload=cfg.offload)
-        frozen = {"policy": "reference", "value": "reward"}[name]
+        models[name] = optimizer_of(model, cfg, device, dtype)
         print_held(name, models[name])
         if cfg.tune == "full":
-            models[frozen] = Sharded(load_model(folder, kind).requires_grad_(False), *place)
+            model = load_model(folder, kind).requires_grad_(False)
+            models[frozen] = Sharded(model, cfg.zero, dtype, device)
             print_held(frozen, models[frozen])
         else:
             models[frozen] = models[name]

@@ -23,7 +23,7 @@ import torch.distributed as dist
 from data import SPECIALS, Tokenizer, Tokens, collate, my_micro_batches, read_parts, train_bpe
 from model import CausalLM, ModelConfig, expected_first_loss, generate, load_model, save_model
 from model import token_logprobs, weight_files
-from zero import AdamW, Run, RunConfig, all_sum, launch, lr_at, prepared, print0, setup
+from zero import Run, RunConfig, all_sum, launch, lr_at, optimizer_of, prepared, print0, setup
 from zero import write_json
 
 
@@ -139,9 +139,7 @@ def main(cfg):
 
     # 2. model
     model = open_model(cfg, tokenizer)
-    model.model.activation_checkpointing = cfg.checkpointing
-    optimizer = AdamW(model, cfg.zero, dtype, device, weight_decay=cfg.weight_decay,
-                      grad_clip=cfg.grad_clip, offload=cfg.offload)
+    optimizer = optimizer_of(model, cfg, device, dtype)
     compiled = model.model.layers if cfg.compile else ()
     for block in compiled:
         block.forward = torch.compile(block.forward)  # without ZeRO-3's hooks around it

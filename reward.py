@@ -18,7 +18,6 @@ import sys
 from collections import Counter, defaultdict
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 import torch
@@ -30,8 +29,8 @@ from data import my_micro_batches, pad_rows, read_comparisons, read_json, read_p
 from data import render, write_jsonl, write_text
 from model import ScalarModel, add_token, generate, load_model, save_model, token_logprobs, tune
 from model import weight_files
-from zero import AdamW, BaseConfig, Run, RunConfig, Sharded, all_sum, everywhere, keyed_seed, launch
-from zero import lr_at, print0, print_held, setup
+from zero import BaseConfig, Run, Sharded, TuneConfig, all_sum, everywhere, in_shares, keyed_seed
+from zero import launch, lr_at, optimizer_of, print0, print_held, setup
 
 GREEDY = -1  # the number of a greedy reply; samples are counted from 0
 
@@ -39,13 +38,14 @@ GREEDY = -1  # the number of a greedy reply; samples are counted from 0
 def sampled(sharded, prompts, keys, temperature, ends, cfg, purpose) -> dict:
     """Replies {(prompt, number): token ids} for a list of such keys. Every process makes a share
     and gets all; a reply's seed is of its purpose and key, so it matters not who makes it."""
-    mine = keys[dist.get_rank() :: dist.get_world_size()]
-    asked = [prompts[i] for i, _ in mine]
-    seeds = [keyed_seed(cfg.seed, purpose, i, n) for i, n in mine]
-    with sharded.gathered():  # one gather for all: processes end at different tokens
-        replies = generate(
+    def reply(mine):
+        asked = [prompts[i] for i, _ in mine]
+        seeds = [keyed_seed(cfg.seed, purpose, i, n) for i, n in mine]
+        return generate(
             sharded.model, asked, cfg.max_new_tokens, ends, temperature, seeds=seeds, rows=256)
-    everyone = everywhere(dict(zip(mine, replies)))
+
+    with sharded.gathered():  # one gather for all: processes end at different tokens
+        everyone = in_shares(keys, reply)
     return {key: everyone[key] for key in keys}
 
 
@@ -127,7 +127,7 @@ def misplaced(records) -> list[list[int]]:
 # ================================================================================ reward model
 
 @dataclass
-class Config(RunConfig):
+class Config(TuneConfig):
     init: str = "out/sft"  # checkpoint to start from
     out: str = "out/reward"  # folder of this run
     data: str = "out/comparisons.jsonl"  # chosen/rejected, ranked lists, or what collect wrote
@@ -136,9 +136,6 @@ class Config(RunConfig):
     epochs: float = 3.0  # passes over the prompts
     batch_size: int = 16  # prompts per optimizer step over all processes, each with all its replies
     lr: float = 3e-4  # peak learning rate, after warmup
-    tune: Literal["full", "lora"] = "full"  # what is trained: everything, or LoRA's matrices
-    tune_size: int = 8  # LoRA's rank
-    alpha: float = 16.0  # LoRA's change is scaled by alpha / tune-size
     steps: int = 0  # optimizer steps; 0: as many as --epochs makes
 
 
@@ -252,9 +249,7 @@ def main(cfg):
     if "<|reward|>" not in own.ids:
         print0(f"{cfg.init} has no <|reward|>: {add_token(model, own.vocab_size)}")
     tune(model, cfg.tune, cfg.tune_size, cfg.alpha, cfg.init)
-    model.model.activation_checkpointing = cfg.checkpointing
-    optimizer = AdamW(model, cfg.zero, dtype, device, weight_decay=cfg.weight_decay,
-                      grad_clip=cfg.grad_clip, offload=cfg.offload)
+    optimizer = optimizer_of(model, cfg, device, dtype)
     print_held("model", optimizer)
 
     # 3. loop

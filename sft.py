@@ -21,12 +21,12 @@ import torch.distributed as dist
 from data import Tokenizer, Tokens, collate, epoch_rows, filled, my_micro_batches, read_rows
 from data import scores, show, trained
 from model import Tuning, generate, load_model, save_model, token_logprobs, tune, weight_files
-from zero import AdamW, Run, RunConfig, all_sum, everywhere, launch, lr_at, prepared, print0
+from zero import Run, TuneConfig, all_sum, in_shares, launch, lr_at, optimizer_of, prepared, print0
 from zero import print_held, setup
 
 
 @dataclass
-class Config(RunConfig):
+class Config(TuneConfig):
     init: str = "out/base"  # checkpoint to start from
     out: str = "out/sft"  # folder of this run
     data: str = "out/data/sft.jsonl"  # conversations in any known format; comma-separated
@@ -45,7 +45,6 @@ class Config(RunConfig):
     task_weights: str = ""  # of tasks in the loss: "sums=2,lists=0.5", or uncertainty
     tune: Tuning = "full"  # what is trained: model.py's `tune` explains each
     tune_size: int = 8  # LoRA's rank; an adapter's width; learned tokens; last blocks (freeze)
-    alpha: float = 16.0  # LoRA's change is scaled by alpha / tune-size
 
 
 def nll_sum(model, rows, tokenizer, device):
@@ -106,13 +105,11 @@ def judge_replies(model, rows, tokenizer) -> dict:
     if not asked:
         return {}
     longest = max(len(reply) for _, reply in asked)
-    mine = range(dist.get_rank(), len(asked), dist.get_world_size())
-    prompts = [asked[i][0] for i in mine]
-    replies = generate(model, prompts, longest, end, temperature=0)
-    everyone = everywhere(dict(zip(mine, replies)))
+    replies = in_shares(range(len(asked)), lambda mine: generate(
+        model, [asked[i][0] for i in mine], longest, end, temperature=0))
     pairs = []
     for i, (prompt, right) in enumerate(asked):
-        said = tokenizer.decode(everyone[i])
+        said = tokenizer.decode(replies[i])
         pairs.append((said, tokenizer.decode(right)))
         if i < 3:
             print0(f"{tokenizer.decode(prompt, specials=True)[-80:]!r} → {said!r}")
@@ -203,14 +200,12 @@ def main(cfg):
     # 2. model
     model = load_model(cfg.init)
     tune(model, cfg.tune, cfg.tune_size, cfg.alpha, cfg.init)
-    model.model.activation_checkpointing = cfg.checkpointing
-    optimizer = AdamW(model, cfg.zero, dtype, device, weight_decay=cfg.weight_decay,
-                      grad_clip=cfg.grad_clip, offload=cfg.offload)
+    optimizer = optimizer_of(model, cfg, device, dtype)
     print_held("model", optimizer)
 
     # 3. loop
     start = run.resume(model=optimizer)
-    known = run.last_metrics()  # of each task the last loss
+    known = run.last_metrics() if cfg.task_weights else {}  # of each task the last loss
     for step in range(start, steps):
         chosen = epoch_rows(cfg.seed, step, cfg.batch_size, len(rows))
         batch = [rows[i] for i in chosen]

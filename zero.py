@@ -730,6 +730,15 @@ class RunConfig(BaseConfig):
     log_every: float = 10.0  # seconds between two printed lines where the output is no terminal
 
 
+@dataclass
+class TuneConfig(RunConfig):
+    """What scripts that go on from a model can be told of what is trained (model.py, `tune`)."""
+
+    tune: Literal["full", "lora"] = "full"  # what is trained: everything, or LoRA's matrices
+    tune_size: int = 8  # LoRA's rank
+    alpha: float = 16.0  # LoRA's change is scaled by alpha / tune-size
+
+
 # These may change between a run and its resumption: speed and memory, not what is trained.
 FREE = {"out", "fresh", "micro_tokens", "zero", "device", "dtype", "threads", "checkpointing",
         "save_every", "log_every", "timeout", "offload", "compile"}
@@ -871,6 +880,13 @@ def cpu_cores() -> int:
     return max(1, cores)
 
 
+def optimizer_of(model, cfg, device, dtype) -> AdamW:
+    """The optimizer that a RunConfig describes."""
+    model.model.activation_checkpointing = cfg.checkpointing
+    return AdamW(model, cfg.zero, dtype, device, weight_decay=cfg.weight_decay,
+                 grad_clip=cfg.grad_clip, offload=cfg.offload)
+
+
 def print_held(name, sharded):
     """What a model holds on this rank, trained or not."""
     parameters = list(sharded.model.parameters())
@@ -907,6 +923,12 @@ def everywhere(mine: dict) -> dict:
     if len(shares) > 1:
         dist.all_gather_object(shares, mine)
     return {key: value for share in shares for key, value in share.items()}
+
+
+def in_shares(keys, make) -> dict:
+    """{key: what is made of it}: each process makes a share, by make(its keys), and gets all."""
+    mine = keys[dist.get_rank() :: dist.get_world_size()]
+    return everywhere(dict(zip(mine, make(mine))))
 
 
 def prepared(ready, build):
@@ -1038,12 +1060,17 @@ class Run:
         self.began = time.time()
         return self.first
 
+    def records(self) -> list[dict]:
+        """What was logged, a dict a step."""
+        lines = self.metrics.read_text(encoding="utf-8").splitlines()
+        return [json.loads(line) for line in lines]
+
     def last_metrics(self) -> dict:
         """What was last logged under each name before this start, on every process. Collective."""
         dist.barrier()  # rank 0 has cut the file off
         known = {}
-        for line in self.metrics.read_text(encoding="utf-8").splitlines():
-            known |= json.loads(line)
+        for record in self.records():
+            known |= record
         return known
 
     def seconds(self) -> float:
@@ -1096,8 +1123,7 @@ class Run:
         self.record["peak_bytes"] = peak_memory(torch.device(self.record["device"]))
         if dist.get_rank() == 0:
             write_json(self.out / "run.json", self.record)
-            lines = self.metrics.read_text(encoding="utf-8").splitlines()
-            plot(curves([json.loads(line) for line in lines]), self.out / "curves.svg")
+            plot(curves(self.records()), self.out / "curves.svg")
             write_json(self.out / "eval.json", result)
             shutil.rmtree(self.out / "state", ignore_errors=True)
         numbers = [f"{k} {v:.4g}" for k, v in result.items() if isinstance(v, (int, float))]

@@ -228,6 +228,19 @@ def test_merged_by_the_command_a_folder_is_an_ordinary_one_with_equal_logits(
         module.main(data)
 
 
+def test_a_model_is_loaded_without_drawing_values_that_its_file_replaces(tmp_path, monkeypatch):
+    save_model(tmp_path, fresh())
+
+    def draw(*_, **__):
+        raise AssertionError("values were drawn")
+
+    for name in ("normal_", "uniform_"):
+        monkeypatch.setattr(torch.Tensor, name, draw)
+    with pytest.raises(AssertionError, match="drawn"):
+        CausalLM(ModelConfig(**SHAPE))
+    assert torch.equal(load_model(tmp_path)(IDS), load_model(tmp_path)(IDS))
+
+
 def test_a_folder_that_was_tuned_whole_after_all_holds_nothing_of_the_adapter(tmp_path):
     net = fresh()
     save_model(tmp_path / "base", net)
