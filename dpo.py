@@ -23,7 +23,7 @@ import torch.nn.functional as F
 
 from data import Tokenizer, collate, epoch_rows, filled, fit, my_micro_batches, read_comparisons
 from data import render
-from model import load_model, save_model, token_logprobs, tune, untuned, weight_files
+from model import load_model, save_model, token_logprobs, tune, weight_files
 from zero import AdamW, Run, Sharded, TuneConfig, all_sum, everywhere, keyed_seed, launch, lr_at
 from zero import optimizer_of, print0, print_held, setup
 
@@ -121,8 +121,7 @@ def reference_logprobs(reference, pairs, tokenizer, cfg, device) -> list[tuple[f
     """(chosen, rejected) of every pair under the frozen start."""
     mine = {}
     for members, numbers in in_parts(pairs, range(len(pairs)), cfg):
-        with untuned(reference.model):
-            sides = sequence_logprobs(reference.model, members, tokenizer, device)
+        sides = sequence_logprobs(reference.model, members, tokenizer, device)
         mine |= zip(numbers, sides.T.tolist())
     everyone = everywhere(mine)
     return [everyone[i] for i in range(len(pairs))]
@@ -179,7 +178,7 @@ def main(cfg):
     real = filled(lengths, cfg)
     print0(f"{trained} pairs, {held} held out; {real:.0%} of the tokens computed are real")
     # 2. models: the policy, and what the reference says of every pair
-    if cfg.tune == "lora" and not cfg.reference:  # the policy without its LoRA
+    if cfg.tune == "lora" and not cfg.reference:  # the policy, whose LoRA is still zero
         optimizer = open_policy(cfg, device, dtype)
         reference = reference_logprobs(optimizer, pairs, tokenizer, cfg, device)
     else:  # a second model, let go before the policy is there

@@ -505,8 +505,8 @@ class LoRA(Adopted):
 
 @contextmanager
 def untuned(model):
-    """For a while a model with LoRA is its base: its own reference (DPO, PPO). Another model is
-    what it is."""
+    """For a while a model with LoRA is its base: in PPO its own reference. Another model is what it
+    is."""
     layers = [module for module in model.modules() if isinstance(module, LoRA)]
     for layer in layers:
         layer.on = False

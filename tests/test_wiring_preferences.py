@@ -333,6 +333,12 @@ def test_dpo_with_lora_is_its_own_reference(ranks, tmp_path):
     other = replace(cfg, reference="sft", out="other", steps=1)
     result, printed, _ = on(ranks, 1, tmp_path, dpo.main, other)
     assert "first loss" not in printed, "another reference than the start"
+    [line] = [line for _, line in read_json(f"{tmp_path}/other/metrics.jsonl")]
+    reference = load(tmp_path / "sft")
+    chosen = epoch_rows(cfg.seed, 0, cfg.batch_size, 5)
+    first = mean_of([loss(load(tmp_path / "policy"), items[i])[1] for i in chosen])
+    assert abs(first["loss"] - math.log(2)) > 1e-3
+    near(line["loss"], first["loss"], "the loss beside the reference that was named", 1e-5)
 
 
 # ---------------------------------------------------------------- collecting
