@@ -6,30 +6,30 @@
 
 Documents: D0 4.2.3 (2), D2 第5节, D3 第4节, D4 3.5.2; Schulman et al. 2017, InstructGPT (2022).
 Four models (D0): policy (actor) and value model (critic) are trained, reference and reward model
-frozen. Where the documents are loose: (1) only the policy samples, the reference scores its tokens;
-(2) a token's reward is -kl_coef · (log π - log π_ref), at the last one plus the reward model's
-score; (3) the critic is no part of it, it estimates returns and enters by the advantage; (4) RL
-data are prompts only. Included: (5) the critic starts from the reward model; (6) scores are
-normalized by that model's held-out mean and spread; (7) a fixed score for replies that do not end;
-(8) whitened advantages; (9) clipped value loss; (10) sampling from the distribution that is scored
-(T=1). Left out: (11) entropy bonus, (12) adaptive KL, (13) early stop.
+frozen. Where the documents are loose: only the policy samples, the reference scores its tokens; a
+token's reward is the price of its KL to the reference, at the last one plus the reward model's
+score; the critic is no part of it, it estimates returns and enters by the advantage; RL data are
+prompts only; replies are drawn from the distribution that is scored (T=1). Every further detail is
+a flag, so that one can see what it does by switching it off.
 Expect: first ratio 1 and first KL 0; the score rises while KL stays below a nat a reply.
 """
 
 import json
+import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
 import torch.distributed as dist
 
-from data import Tokenizer, collate, epoch_rows, gold_score, my_micro_batches, pad_rows
+from data import Tokenizer, Tokens, collate, epoch_rows, gold_score, my_micro_batches, pad_rows
 from data import read_prompts, render
 from model import CausalLM, ScalarModel, generate, load_model, save_model, token_logprobs
-from model import tune, untuned, weight_files
+from model import tune, untuned, weight_files, widen
 from zero import Run, Sharded, TuneConfig, all_sum, everywhere, in_shares, keyed_seed, launch, lr_at
-from zero import optimizer_of, print0, print_held, setup
+from zero import optimizer_of, prepared, print0, print_held, setup
 
 
 @dataclass
@@ -40,7 +40,7 @@ class Config(TuneConfig):
     prompts: str = "out/data/prompts.jsonl"  # conversations; a last reply is cut off
     val_fraction: float = 0.1  # how much of the end of --prompts is held out, to score replies to
     steps: int = 48  # iterations: rollout, then update
-    batch_size: int = 128  # prompts per iteration over all processes, one reply each
+    batch_size: int = 128  # replies per iteration over all processes
     max_new_tokens: int = 64
     ppo_epochs: int = 1  # passes over a rollout
     minibatches: int = 2  # optimizer steps per pass
@@ -49,20 +49,50 @@ class Config(TuneConfig):
     warmup: float = 0.1  # share of the steps in which the learning rates rise
     weight_decay: float = 0.0
     kl_coef: float = 0.05  # price of one nat of log π / π_ref, in units of the normalized score
-    cliprange: float = 0.2  # ε of the policy's clip: the ratio's gain ends at 1 ± ε
-    cliprange_value: float = 0.2  # ε of the value's clip: its step ends at ± ε
+    kl_target: float = 0.0  # nats a reply that the price is adapted to, from step to step; 0: fixed
+    kl_estimator: Literal["k1", "k3"] = "k1"  # of the KL that a token pays for
+    max_kl: float = 20.0  # nats a reply at which the run ends, with its last good weights; 0: never
+    advantage: Literal["gae", "reinforce"] = "gae"  # reinforce: each token gets the reply's return
     gamma: float = 1.0  # discount per token
     lam: float = 0.95  # GAE's λ
-    missing_end_score: float = -1.0  # normalized score of a reply that did not end
+    whiten: bool = True  # advantages get mean 0 and variance 1 over the batch
+    cliprange: float = 0.2  # ε of the policy's clip: the ratio's gain ends at 1 ± ε; 1e9: no clip
+    cliprange_value: float = 0.2  # ε of the value's clip: its step ends at ± ε; 1e9: no clip
+    critic: Literal["reward", "sft"] = "reward"  # what the value model starts from
+    normalize: bool = True  # scores, by the reward model's held-out mean and spread
+    penalize: bool = True  # a reply that did not end gets --missing-end-score, not a score
+    missing_end_score: float = -1.0
+    replies: int = 1  # to each prompt; --batch-size counts replies
+    entropy_coef: float = 0.0  # weight of the policy's entropy in its loss
+    stop_kl: float = 0.0  # nats a token from what replied: then no further pass; 0: all passes
+    ptx_coef: float = 0.0  # weight of the loss on pretraining text (PPO-ptx); InstructGPT had 27.8
+    ptx_data: str = "out/data/corpus.jsonl"  # that text
+    ptx_rows: int = 6  # windows of it, of up to 128 tokens, per optimizer step
 
 
 # ================================================================================ the algorithm
 
-def token_rewards(score, logprobs, ref_logprobs, kl_coef):
+def k3(log_ratio):
+    """r - 1 - log r per sample of p, log r = log q - log p: its mean is KL(p, q), as that of k1 =
+    -log r is, but no term is negative (Schulman, joschu.net/blog/kl-approx.html)."""
+    return torch.expm1(log_ratio) - log_ratio
+
+
+def token_rewards(score, logprobs, ref_logprobs, kl_coef, estimator="k1"):
     """Rewards of a reply's tokens (R,): minus the price of the KL estimate, the last plus score."""
-    rewards = -kl_coef * (logprobs - ref_logprobs)
+    kl = logprobs - ref_logprobs
+    if estimator == "k3":
+        kl = k3(-kl)
+    rewards = -kl_coef * kl
     rewards[-1] += score
     return rewards
+
+
+def adapted(kl_coef, kl, target):
+    """The price of KL after an iteration: a tenth of KL's relative error from the target, at most
+    2 %, up or down (Ziegler et al. 2019, section 2.2)."""
+    error = kl / target - 1
+    return kl_coef * (1 + 0.1 * min(max(error, -0.2), 0.2))
 
 
 def gae(rewards, values, gamma, lam):
@@ -172,12 +202,13 @@ def score_replies(reward, rollouts, norm, tokenizer, cfg, device) -> list[float]
     raw = everywhere(mine)
     scores = []
     for i, r in enumerate(rollouts):
-        scores.append((raw[i] - mean) / spread if r.ended else cfg.missing_end_score)
+        fixed = cfg.penalize and not r.ended
+        scores.append(cfg.missing_end_score if fixed else (raw[i] - mean) / spread)
     return scores
 
 
 @torch.no_grad()
-def experience(policy, value, reference, reward, rollouts, norm, tokenizer, cfg, device):
+def experience(policy, value, reference, reward, rollouts, kl_coef, norm, tokenizer, cfg, device):
     """Fills in the rollouts. Every rank computes its micro-batches and receives the others': from
     here on all know the whole batch."""
     mine = {}
@@ -195,11 +226,14 @@ def experience(policy, value, reference, reward, rollouts, norm, tokenizer, cfg,
     for i, r in enumerate(rollouts):
         r.logprobs, r.values, r.ref_logprobs = everyone[i]
         r.score = scores[i]
-        rewards = token_rewards(r.score, r.logprobs, r.ref_logprobs, cfg.kl_coef)
+        rewards = token_rewards(r.score, r.logprobs, r.ref_logprobs, kl_coef, cfg.kl_estimator)
         r.advantages, r.returns = gae(rewards, r.values, cfg.gamma, cfg.lam)
-    whitened = whiten(flat(rollouts, "advantages"))
-    for r, part in zip(rollouts, whitened.split([len(r.response) for r in rollouts])):
-        r.advantages = part
+        if cfg.advantage == "reinforce":  # D2 L117: every token of a high-scored reply
+            r.advantages = rewards.sum().expand(len(rewards))
+    if cfg.whiten:
+        whitened = whiten(flat(rollouts, "advantages"))
+        for r, part in zip(rollouts, whitened.split([len(r.response) for r in rollouts])):
+            r.advantages = part
 
 
 def flat(rollouts, field, device="cpu"):
@@ -209,7 +243,30 @@ def flat(rollouts, field, device="cpu"):
 
 # ================================================================================ update
 
-METRICS = ("policy_loss", "value_loss", "approx_kl", "clipfrac")
+METRICS = ("policy_loss", "value_loss", "approx_kl", "clipfrac")  # approx_kl: of π_old to π
+
+
+def entropies(model, rollouts, tokenizer, device):
+    """The policy's entropy where it drew each response token, over the whole vocabulary: (n,)."""
+    input_ids, targets = collate([r.row() for r in rollouts], tokenizer.pad)
+    logits = model(input_ids.to(device))[targets.to(device) >= 0]
+    logprobs = widen(logits).log_softmax(-1)
+    return -(logprobs.exp() * logprobs).sum(-1)
+
+
+def learn_text(policy, windows, tokenizer, cfg, device) -> float:
+    """PPO-ptx (InstructGPT, eq. 2; D2's LM objective): adds the gradient of --ptx-coef · the mean
+    loss per token of pretraining text. Returns this rank's part of that mean."""
+    rows = [(ids, [1] * len(ids)) for ids in windows]
+    count = sum(len(ids) - 1 for ids in windows)
+    mine = 0.0
+    for part in my_micro_batches([len(ids) for ids in windows], cfg.micro_tokens):
+        input_ids, targets = collate([rows[i] for i in part], tokenizer.pad)
+        logprobs = token_logprobs(policy.model, input_ids.to(device), targets.to(device))
+        loss = -logprobs.sum() / count
+        policy.backward(cfg.ptx_coef * loss)
+        mine += float(loss.detach())
+    return mine
 
 
 def learn(policy, value, rollouts, count, tokenizer, cfg, device) -> tuple[dict, float]:
@@ -221,6 +278,9 @@ def learn(policy, value, rollouts, count, tokenizer, cfg, device) -> tuple[dict,
     now = response_tokens(policy.model, rollouts, tokenizer, device)
     losses, ratio = policy_loss(now, before, advantages, cfg.cliprange)
     policy.backward(losses.sum() / count)
+    if cfg.entropy_coef:
+        bonus = entropies(policy.model, rollouts, tokenizer, device).sum() / count
+        policy.backward(-cfg.entropy_coef * bonus)
     # 2. the value model likewise
     old_values = flat(rollouts, "values", device)
     returns = flat(rollouts, "returns", device)
@@ -229,21 +289,23 @@ def learn(policy, value, rollouts, count, tokenizer, cfg, device) -> tuple[dict,
     value.backward(value_losses.sum() / count)
     # 3. metrics
     off = (ratio.detach() - 1).abs()
-    k3 = ratio - 1 - (now - before)  # its mean is KL(π_old, π), and no term is negative
-    columns = (losses, value_losses, k3, off > cfg.cliprange)
+    columns = (losses, value_losses, k3(now - before), off > cfg.cliprange)
     sums = {name: float(column.detach().sum()) for name, column in zip(METRICS, columns)}
     return sums, max(off.tolist(), default=0.0)
 
 
-def update(policy, value, rollouts, step, tokenizer, cfg, device, rate) -> dict:
-    """ppo_epochs × minibatches optimizer steps on a batch of rollouts. Returns means over response
-    tokens, the last gradient norm, and how far from 1 a ratio was before the first step."""
+def update(policy, value, rollouts, text, step, tokenizer, cfg, device, rate) -> dict:
+    """ppo_epochs × minibatches optimizer steps on a batch of rollouts; text: --ptx-data's, or None.
+    Returns means over response tokens, the last gradient norm, and how far from 1 a ratio was
+    before the first step."""
     sums = dict.fromkeys(METRICS, 0.0)
     tokens = 0
     farthest = []  # from 1 that a ratio was, in each micro-batch before the first step
+    text_losses = []
     for epoch in range(cfg.ppo_epochs):
+        before = sums["approx_kl"], tokens
         order = np.random.default_rng([cfg.seed, step, epoch]).permutation(len(rollouts))
-        for chosen in np.array_split(order, min(cfg.minibatches, len(order))):
+        for k, chosen in enumerate(np.array_split(order, min(cfg.minibatches, len(order)))):
             batch = [rollouts[i] for i in chosen]
             count = sum(len(r.response) for r in batch)
             for _, members in in_parts(batch, cfg):
@@ -252,18 +314,29 @@ def update(policy, value, rollouts, step, tokenizer, cfg, device, rate) -> dict:
                     sums[name] += found[name]
                 if tokens == 0:  # no step yet: the policy is still the one that replied
                     farthest.append(off)
+            if text:
+                windows = text.batch(keyed_seed(cfg.seed, step, epoch), k, cfg.ptx_rows)
+                text_losses.append(learn_text(policy, windows, tokenizer, cfg, device))
             norm = policy.step(cfg.lr * rate)
             value.step(cfg.value_lr * rate)
             tokens += count
+        if cfg.stop_kl:
+            [kl] = all_sum(sums["approx_kl"] - before[0], device=device)
+            if kl / (tokens - before[1]) > cfg.stop_kl:
+                break
     totals = all_sum(*sums.values(), device=device)
     means = {name: total / tokens for name, total in zip(METRICS, totals)}
     errors = everywhere({dist.get_rank(): max(farthest)})
-    return means | {"grad_norm": norm, "ratio_error": max(errors.values())}
+    means |= {"grad_norm": norm, "ratio_error": max(errors.values())}
+    if text:
+        means["ptx_loss"] = all_sum(sum(text_losses), device=device)[0] / len(text_losses)
+    return means
 
 
 def summary(rollouts) -> dict:
-    """Means over rollouts: score, entropy per token, KL to the reference per reply, length, replies
-    that end; and the share of the returns' variance that the value model explains."""
+    """Means over rollouts: score, entropy per token, KL to the reference per reply by both
+    estimators, length, replies that end; and the share of the returns' variance that the value
+    model explains."""
     n = len(rollouts)
     logprobs = flat(rollouts, "logprobs")
     kl = logprobs - flat(rollouts, "ref_logprobs")
@@ -274,6 +347,7 @@ def summary(rollouts) -> dict:
         "score": sum(r.score for r in rollouts) / n,
         "entropy": -float(logprobs.mean()),
         "kl": float(kl.sum()) / n,
+        "kl_k3": float(k3(-kl).sum()) / n,
         "length": len(logprobs) / n,
         "ended": sum(r.ended for r in rollouts) / n,
         "explained_variance": 1 - float(unexplained),
@@ -285,10 +359,12 @@ def summary(rollouts) -> dict:
 def open_models(cfg, device, dtype) -> dict:
     """The four models by name; each is printed with what it holds here. With LoRA two are enough:
     the policy's base is the reference, the value model's base the reward model."""
+    if cfg.tune != "full" and cfg.critic == "sft":
+        raise SystemExit("--critic sft: with --tune lora the critic is a LoRA of the reward model")
     models = {}
     for name, frozen, folder, kind in (("policy", "reference", cfg.init, CausalLM),
                                        ("value", "reward", cfg.reward, ScalarModel)):
-        model = load_model(folder, kind)
+        model = load_model(cfg.init if cfg.critic == "sft" else folder, kind)
         tune(model, cfg.tune, cfg.tune_size, cfg.alpha, folder)
         models[name] = optimizer_of(model, cfg, device, dtype)
         print_held(name, models[name])
@@ -300,6 +376,15 @@ def open_models(cfg, device, dtype) -> dict:
             models[frozen] = models[name]
             print0(f"{frozen:<10} is the {name} model without its LoRA: no bytes")
     return models
+
+
+def open_text(cfg, tokenizer, context):
+    """The pretraining text of PPO-ptx, in windows that a context can hold; or None."""
+    if not cfg.ptx_coef:
+        return None
+    tokens = Tokens(f"{cfg.out}/ptx.bin", cfg.ptx_data, tokenizer)
+    prepared(tokens.ready, tokens.build)
+    return tokens.open(min(128, context - 1))
 
 
 def open_prompts(cfg, tokenizer, limit) -> list[dict]:
@@ -342,6 +427,69 @@ def judged(model, records, reward, norm, tokenizer, cfg, device) -> dict:
     return result
 
 
+def diverged(metrics, most_ended, cfg) -> str:
+    """Why the run must end, or "". most_ended: the largest share of replies that ended before."""
+    if cfg.max_kl and metrics["kl"] > cfg.max_kl:
+        return f"KL {metrics['kl']:.3g} nats a reply, --max-kl is {cfg.max_kl:g}"
+    if metrics["ended"] == 0 and most_ended > 0.5:
+        return "no reply ends any more"
+    return ""
+
+
+def drawn(asked, step, cfg) -> tuple[list, list]:
+    """An iteration's queries, each --replies times, and a seed for each reply."""
+    prompts = epoch_rows(cfg.seed, step, max(1, cfg.batch_size // cfg.replies), len(asked))
+    queries = [asked[i] for i in prompts for _ in range(cfg.replies)]
+    return queries, [keyed_seed(cfg.seed, "rollout", step, row) for row in range(len(queries))]
+
+
+def train(models, asked, run, norm, tokenizer, cfg, device) -> str:
+    """The loop: the policy replies, four models look at the replies, policy and value model learn.
+    asked: queries. Returns why it ended before its time, with the last good weights; or ""."""
+    policy, value = models["policy"], models["value"]
+    text = open_text(cfg, tokenizer, policy.model.config.max_position_embeddings)
+    first = run.resume(policy=policy, value=value)
+    kl_coef = run.last_metrics().get("kl_coef", cfg.kl_coef)
+    most_ended = 0.0
+    good = []  # this rank's part of the policy before the last update
+    for step in range(first, cfg.steps):
+        # 1. replies, and what the models say of them
+        began = time.perf_counter()
+        rollouts = respond(policy, *drawn(asked, step, cfg), tokenizer, cfg)
+        replied = time.perf_counter()
+        experience(**models, rollouts=rollouts, kl_coef=kl_coef, norm=norm, tokenizer=tokenizer,
+                   cfg=cfg, device=device)
+        metrics = summary(rollouts)
+        why = diverged(metrics, most_ended, cfg)
+        if why:
+            for unit, master in zip(policy.trained, good):
+                unit.master.copy_(master)
+            policy.publish()
+            return f"iteration {step}: {why}"
+        most_ended = max(most_ended, metrics["ended"])
+        good = [unit.master.clone() for unit in policy.trained if cfg.max_kl]
+        # 2. learning
+        observed = time.perf_counter()
+        rate = lr_at(step, cfg.steps, 1.0, cfg.warmup, cfg.min_lr)
+        losses = update(policy, value, rollouts, text, step, tokenizer, cfg, device, rate)
+        if cfg.kl_target:
+            kl_coef = adapted(kl_coef, metrics["kl"], cfg.kl_target)
+            metrics["kl_coef"] = kl_coef
+        # 3. what is told
+        if step == 0:
+            off = losses["ratio_error"]
+            print0(f"first KL {metrics['kl']:.2g}, expected 0; first ratio 1 ± {off:.2g}")
+        if metrics["kl"] < -0.05 * metrics["length"]:
+            print0("KL is clearly negative: the replies are not the scored policy's samples")
+        said = sum(len(r.response) for r in rollouts)
+        tokens = sum(len(r.query) for r in rollouts) + said
+        metrics["rollout_rate"] = said / (replied - began)
+        metrics["update_rate"] = cfg.ppo_epochs * tokens / (time.perf_counter() - observed)
+        run.log(step, units=tokens, **metrics, **losses, lr=cfg.lr * rate)
+        run.boundary(step, policy=policy, value=value)
+    return ""
+
+
 def main(cfg):
     # 1. models
     device, dtype = setup(cfg)
@@ -353,37 +501,22 @@ def main(cfg):
     weights = [*weight_files(cfg.init), *weight_files(cfg.reward)]
     run = Run(cfg, cfg.steps, inputs=[*cfg.prompts.split(","), *weights])
     models = open_models(cfg, device, dtype)
-    policy, value = models["policy"], models["value"]
+    policy = models["policy"]
     # 2. data: prompts, the last of them held out
     limit = min(m.model.config.max_position_embeddings for m in models.values())
     records = open_prompts(cfg, tokenizer, limit)
     held = min(256, int(len(records) * cfg.val_fraction), len(records) - 1)
     trained = len(records) - held
-    norm = score_norm(cfg.reward)
+    norm = score_norm(cfg.reward) if cfg.normalize else (0.0, 1.0)
     print0(f"{trained} prompts, {held} held out; score (raw - {norm[0]:.3g}) / {norm[1]:.3g}")
 
-    # 3. loop: the policy replies, four models look at the replies, policy and value model learn
-    for step in range(run.resume(policy=policy, value=value), cfg.steps):
-        chosen = epoch_rows(cfg.seed, step, cfg.batch_size, trained)
-        seeds = [keyed_seed(cfg.seed, "rollout", step, row) for row in range(len(chosen))]
-        queries = [records[i]["ids"] for i in chosen]
-        rollouts = respond(policy, queries, seeds, tokenizer, cfg)
-        experience(**models, rollouts=rollouts, norm=norm, tokenizer=tokenizer, cfg=cfg,
-                   device=device)
-        rate = lr_at(step, cfg.steps, 1.0, cfg.warmup, cfg.min_lr)
-        losses = update(policy, value, rollouts, step, tokenizer, cfg, device, rate)
-        metrics = summary(rollouts)
-        if step == 0:
-            off = losses["ratio_error"]
-            print0(f"first KL {metrics['kl']:.2g}, expected 0; first ratio 1 ± {off:.2g}")
-        if metrics["kl"] < -0.05 * metrics["length"]:
-            print0("KL is clearly negative: the replies are not the scored policy's samples")
-        tokens = sum(len(r.query + r.response) for r in rollouts)
-        run.log(step, units=tokens, **metrics, **losses, lr=cfg.lr * rate)
-        run.boundary(step, policy=policy, value=value)
-
+    # 3. loop
+    queries = [r["ids"] for r in records[:trained]]
+    stopped = train(models, queries, run, norm, tokenizer, cfg, device)
+    if stopped:
+        print0(f"stopped at {stopped}; the weights before it are kept")
     # 4. judge: replies to the held-out prompts
-    result = {}
+    result = {"stopped": stopped} if stopped else {}
     asked = (records[trained:], models["reward"], norm, tokenizer, cfg, device)
     if held:
         print0("replies before, with their scores:")
@@ -391,7 +524,7 @@ def main(cfg):
             before = judged(models["reference"], *asked)
         print0("replies after, with their scores:")
         after = judged(policy, *asked)
-        result = {f"{key} before": number for key, number in before.items()}
+        result |= {f"{key} before": number for key, number in before.items()}
         result |= {f"{key} after": number for key, number in after.items()}
     # 5. save
     save_model(cfg.out, policy.model, policy.full_parameters(), dist.get_rank() == 0, own)

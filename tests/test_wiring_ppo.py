@@ -19,7 +19,7 @@ import torch
 
 import ppo
 import zero
-from data import Tokenizer, epoch_rows, gold_score, render
+from data import Tokenizer, Tokens, epoch_rows, gold_score, render
 from model import CausalLM, ModelConfig, ScalarModel, generate, load_model, save_model
 from model import tune
 from zero import keyed_seed
@@ -29,9 +29,17 @@ END, STOP, REWARD = (TOK.ids[f"<|{name}|>"] for name in ("end", "endoftext", "re
 # No rate, range or factor is its default, and no two are alike: one lost or swapped shows.
 FLAGS = SimpleNamespace(
     seed=7, steps=4, batch_size=5, micro_tokens=40, max_new_tokens=6, val_fraction=0.4,
-    ppo_epochs=2, minibatches=2, lr=0.012, value_lr=0.01, warmup=0.5, min_lr=0.3, weight_decay=0.7,
+    minibatches=2, lr=0.012, value_lr=0.01, warmup=0.5, min_lr=0.3, weight_decay=0.7,
     grad_clip=0.8, kl_coef=0.45, cliprange=0.25, cliprange_value=0.15, gamma=0.9, lam=0.75,
     missing_end_score=0.6)
+PLAIN = dict(kl_target=0.0, kl_estimator="k1", advantage="gae", whiten=True, critic="reward",
+             normalize=True, penalize=True, replies=1, entropy_coef=0.0, stop_kl=0.0, ptx_coef=0.0,
+             ptx_rows=2, ppo_epochs=2)  # no switch is thrown
+SWITCHED = {  # several at once, where none hides another
+    "rewards": dict(kl_target=0.3, kl_estimator="k3", whiten=False, normalize=False,
+                    penalize=False),
+    "literal": dict(advantage="reinforce", whiten=False, replies=2, critic="sft"),
+    "added": dict(entropy_coef=0.3, ptx_coef=0.6, stop_kl=0.3, ppo_epochs=3)}
 RATES = (0.5, 1, 1, 0.3 + 0.7 / 2)  # up in half of the steps, then half of a cosine down to min_lr
 MEAN, STD = 0.3, 1.7  # of the reward model's held-out scores
 CONTEXT = 48  # the reward model's, and so everyone's: the policy alone could read 64 tokens
@@ -65,6 +73,7 @@ def write_inputs(root):
                for text, answer in ASKED.items()]
     records[-1]["kind"] = "harmful"
     (root / "prompts.json").write_text(json.dumps(records))
+    (root / "text.txt").write_text("ab ba abba baab " * 20)
 
 
 # ---------------------------------------------------------------- the plain loop
@@ -81,10 +90,12 @@ def valued(net, query, reply):
     return net(torch.tensor([query + reply]))[0, len(query) - 1 : -1]
 
 
-def scored(net, query, reply):
+def scored(net, query, reply, switches):
     """The normalized score of a reply that ended, the fixed one of another."""
     raw = net(torch.tensor([query + reply + [REWARD]]))[0, -1].item()
-    return (raw - MEAN) / STD if reply[-1] == END else FLAGS.missing_end_score
+    if reply[-1] != END and switches.penalize:
+        return FLAGS.missing_end_score
+    return (raw - MEAN) / STD if switches.normalize else raw
 
 
 def sampled(net, query, *key):
@@ -93,17 +104,23 @@ def sampled(net, query, *key):
 
 
 @torch.no_grad()
-def observed(text, policy, value, reference, reward):
+def observed(text, policy, value, reference, reward, price, switches):
     """What four models say of a (query, reply), and what follows for the reply's tokens."""
-    r = SimpleNamespace(text=text, ended=text[1][-1] == END, score=scored(reward, *text))
+    r = SimpleNamespace(text=text, ended=text[1][-1] == END)
+    r.score = scored(reward, *text, switches)
     r.logprobs, r.ref_logprobs = spoken(policy, *text), spoken(reference, *text)
     r.values = valued(value, *text)
-    rewards = FLAGS.kl_coef * (r.ref_logprobs - r.logprobs)
+    kl = r.logprobs - r.ref_logprobs
+    if switches.kl_estimator == "k3":
+        kl = (r.ref_logprobs - r.logprobs).exp() - 1 + kl
+    rewards = -price * kl
     rewards[-1] += r.score
     deltas = rewards + FLAGS.gamma * torch.cat([r.values[1:], torch.zeros(1)]) - r.values
     powers = (FLAGS.gamma * FLAGS.lam) ** torch.arange(len(deltas), dtype=torch.float64)
     r.advantages = torch.stack([powers[: len(deltas) - t] @ deltas[t:] for t in range(len(deltas))])
     r.returns = r.advantages + r.values
+    if switches.advantage == "reinforce":
+        r.advantages = torch.full_like(r.values, rewards.sum().item())
     return r
 
 
@@ -115,6 +132,7 @@ def described(rollouts):
     return {"length": len(values) / n, "ended": sum(r.ended for r in rollouts) / n,
             "score": sum(r.score for r in rollouts) / n, "entropy": -logprobs.mean(),
             "kl": (logprobs - ref_logprobs).sum() / n,
+            "kl_k3": (np.exp(ref_logprobs - logprobs) - 1 + logprobs - ref_logprobs).sum() / n,
             "explained_variance": 1 - np.var(returns - values) / np.var(returns)}
 
 
@@ -155,20 +173,40 @@ def moved(net, optimizer, lr):
     return lr, norm.item()
 
 
-def evaluated(net, reward, queries, records):
+def uncertain(net, query, reply):
+    """The entropy of what each token of a reply was drawn from (R,)."""
+    every = net(torch.tensor([query + reply]))[0].log_softmax(-1)[len(query) - 1 : -1]
+    return -(every.exp() * every).sum(-1)
+
+
+def textual(net, windows):
+    """Mean loss per token of windows of a text."""
+    ids = torch.tensor(windows)
+    every = net(ids[:, :-1]).log_softmax(-1)
+    return -every.gather(-1, ids[:, 1:, None]).mean()
+
+
+def evaluated(net, reward, queries, records, switches):
     """Mean score of fresh replies, and the gold judge's mean over those it can judge."""
     replies = [sampled(net, query, "evaluate", i) for i, query in enumerate(queries)]
-    scores = [scored(reward, query, reply) for query, reply in zip(queries, replies)]
+    scores = [scored(reward, *text, switches) for text in zip(queries, replies)]
     gold = [gold_score(record, TOK.decode(reply)) for record, reply in zip(records, replies)
             if "answer" in record]
     return np.mean(scores), np.mean(gold)
 
 
-def plain_ppo(root, lora=False):
+def plain_ppo(root, lora=False, until=len(RATES), **changes):
     """ppo.main, written for clarity alone. Returns all that is compared."""
+    switches = SimpleNamespace(**PLAIN | changes)
     policy, reference = (load_model(root / "sft", dtype=torch.float64) for _ in range(2))
     value, reward = (load_model(root / "reward", ScalarModel, dtype=torch.float64)
                      for _ in range(2))
+    if switches.critic == "sft":  # with a head of zeros
+        value = load_model(root / "sft", ScalarModel, dtype=torch.float64)
+    text = Tokens(f"{root}/plain.bin", f"{root}/text.txt", TOK)
+    text.build()
+    text = text.open(128)
+    price = FLAGS.kl_coef
     if lora:  # reference and reward model are other models all the same
         torch.manual_seed(FLAGS.seed)
         policy, value = with_lora(policy, "sft"), with_lora(value, "reward")
@@ -176,32 +214,53 @@ def plain_ppo(root, lora=False):
     records = [r for r in json.loads((root / "prompts.json").read_text())
                if r.get("answer") != "too long"]
     queries = [render([{"role": "user", "content": r["question"]}], TOK)[0] for r in records]
-    metrics, steps = [], {"CausalLM": [], "ScalarModel": []}
-    for step, rate in enumerate(RATES):
-        rollouts, seen = [], []
-        for place, i in enumerate(epoch_rows(FLAGS.seed, step, FLAGS.batch_size, TRAINED)):
-            text = queries[i], sampled(policy, queries[i], "rollout", step, place)
-            rollouts.append(observed(text, policy, value, reference, reward))
+    metrics, passes, steps = [], [], {"CausalLM": [], "ScalarModel": []}
+    for step, rate in enumerate(RATES[:until]):
+        rollouts, seen, told = [], [], []
+        prompts = FLAGS.batch_size // switches.replies
+        for place, i in enumerate(epoch_rows(FLAGS.seed, step, prompts, TRAINED)):
+            for k in range(switches.replies):
+                reply = sampled(policy, queries[i], "rollout", step, place * switches.replies + k)
+                rollouts.append(observed((queries[i], reply), policy, value, reference, reward,
+                                         price, switches))
         advantages = torch.cat([r.advantages for r in rollouts])
         for r in rollouts:
-            r.advantages = (r.advantages - advantages.mean()) / (advantages.var() + 1e-8).sqrt()
-        for epoch in range(FLAGS.ppo_epochs):
+            if switches.whiten:
+                r.advantages = (r.advantages - advantages.mean()) / (advantages.var() + 1e-8).sqrt()
+        for epoch in range(switches.ppo_epochs):
             order = np.random.default_rng([FLAGS.seed, step, epoch]).permutation(len(rollouts))
-            for chosen in np.array_split(order, FLAGS.minibatches):
+            for k, chosen in enumerate(np.array_split(order, FLAGS.minibatches)):
                 seen.append(torch.cat([losses(rollouts[i], policy, value) for i in chosen], 1))
-                (seen[-1][0].mean() + seen[-1][1].mean()).backward()
+                loss = seen[-1][0].mean() + seen[-1][1].mean()
+                entropy = [uncertain(policy, *rollouts[i].text) for i in chosen]
+                loss -= switches.entropy_coef * torch.cat(entropy).mean()
+                if switches.ptx_coef:
+                    key = keyed_seed(FLAGS.seed, step, epoch)
+                    told.append(textual(policy, text.batch(key, k, switches.ptx_rows)))
+                    loss += switches.ptx_coef * told[-1]
+                loss.backward()
                 for net, optimizer, lr in trained:
                     steps[type(net).__name__].append(moved(net, optimizer, lr * rate))
+            moved_by = torch.cat(seen[-FLAGS.minibatches :], 1)[2].mean()
+            if switches.stop_kl and moved_by > switches.stop_kl:
+                break
+        passes.append(epoch + 1)
         means = torch.cat(seen, 1).mean(1).tolist()
         names = ("policy_loss", "value_loss", "approx_kl", "clipfrac")
         metrics.append({"step": step, "lr": FLAGS.lr * rate} | described(rollouts)
                        | dict(zip(names, means))
                        | {"ratio_error": 0, "grad_norm": steps["CausalLM"][-1][1]})
+        if told:
+            metrics[-1]["ptx_loss"] = torch.stack(told).mean().item()
+        if switches.kl_target:
+            error = (metrics[-1]["kl"] - switches.kl_target) / switches.kl_target
+            price *= 1 + 0.1 * np.clip(error, -0.2, 0.2)
+            metrics[-1]["kl_coef"] = price
     evaluation = {}
     for name, net in (("before", reference), ("after", policy)):
-        score, gold = evaluated(net, reward, queries[TRAINED:], records[TRAINED:])
+        score, gold = evaluated(net, reward, queries[TRAINED:], records[TRAINED:], switches)
         evaluation |= {f"score {name}": score, f"gold {name}": gold}
-    return SimpleNamespace(root=root, metrics=metrics, steps=steps, evaluation=evaluation,
+    return SimpleNamespace(root=root, metrics=metrics, passes=passes, steps=steps, evaluation=evaluation,
                            policy=policy, value=value)
 
 
@@ -236,6 +295,7 @@ def run(rank, root, out, changes, errors=()):
         calls[type(module).__name__] += torch.is_grad_enabled()
 
     folders = dict(init=f"{root}/sft", reward=f"{root}/reward", prompts=f"{root}/prompts.json",
+                   ptx_data=f"{root}/text.txt",
                    out=f"{root}/{out}", dtype="fp64", device="cpu", threads=1)
     counting = torch.nn.modules.module.register_module_forward_pre_hook(count)
     said = io.StringIO()
@@ -243,8 +303,8 @@ def run(rank, root, out, changes, errors=()):
         patch.setattr(zero.AdamW, "step", step)
         patch.setattr(ppo, "policy_loss", policy_loss)
         patch.setattr(signal, "signal", lambda *_: None)  # a run takes over two
-        result = ppo.main(ppo.Config(**vars(FLAGS) | folders | changes))
-    value = {n: p.numpy() for n, p in optimizers["ScalarModel"].full_parameters()}
+        result = ppo.main(ppo.Config(**vars(FLAGS) | PLAIN | folders | changes))
+    value = {n: p.double().numpy() for n, p in optimizers["ScalarModel"].full_parameters()}
     metrics = [json.loads(line) for line in open(root / out / "metrics.jsonl")]
     return SimpleNamespace(said=said.getvalue(), result=result, metrics=metrics, steps=steps,
                            value=value, calls=calls)
@@ -264,7 +324,7 @@ def weights(net):
 def compare(found, plain):
     """What a run logged, returned and trained."""
     for row, expected in zip(found.metrics, plain.metrics, strict=True):
-        assert row.keys() == expected.keys() | {"seconds"}
+        assert row.keys() == expected.keys() | {"seconds", "rollout_rate", "update_rate"}
         agree(row, expected, f"step {expected['step']}")
     agree(found.steps, plain.steps, "(learning rate, gradient norm) of every optimizer step")
     agree(found.value, weights(plain.value), "value model")
@@ -340,6 +400,51 @@ def test_with_lora_two_models_do_what_four_do(plain, alone, ranks):
         assert models[name] == (added, 8 * (frozen + 4 * added)), "a frozen weight is one number"
 
 
+@pytest.mark.parametrize("name", SWITCHED)
+def test_every_switch_does_what_it_says(plain, alone, ranks, name):
+    expected = plain_ppo(plain.root, **SWITCHED[name])
+    assert expected.evaluation != plain.evaluation
+    if name == "added":
+        assert set(expected.passes) == {2, 3}, "of three passes one is left out at times"
+    compare(run(0, plain.root, name, SWITCHED[name]), expected)
+    for found in ranks(2, run, plain.root, f"{name}-2", SWITCHED[name] | dict(zero=3)):
+        compare(found, expected)
+
+
+def test_a_run_that_diverges_ends_with_its_last_good_weights(plain, alone, ranks):
+    kl = [row["kl"] for row in plain.metrics]
+    last = kl.index(max(kl))
+    assert last > 1, "no update led there"
+    bound = dict(max_kl=sorted(kl)[-2])
+    good = plain_ppo(plain.root, until=last - 1)  # before the update that led there
+    single = run(0, plain.root, "far", bound)
+    for found in (single, *ranks(2, run, plain.root, "far-2", bound | dict(zero=3))):
+        assert len(found.metrics) == last, "what is beyond the bound teaches nothing"
+        assert found.result.pop("stopped").startswith(f"iteration {last}: KL {max(kl):.3g} nats")
+        agree(found.result, good.evaluation, "evaluation")
+    run(0, plain.root, "first", dict(max_kl=1e-9, dtype="bf16"))  # masters are other tensors here
+    start = load_model(plain.root / "sft", dtype=torch.bfloat16).double()
+    agree(weights(load_model(plain.root / "first", dtype=torch.float64)), weights(start), "policy")
+    for name in ("far", "far-2"):
+        policy = load_model(plain.root / name, dtype=torch.float64)
+        agree(weights(policy), weights(good.policy), "saved policy")
+
+
+def test_a_run_whose_replies_no_longer_end_is_stopped(plain, alone, monkeypatch):
+    plain_respond, calls = ppo.respond, []
+
+    def respond(*args):
+        rollouts = plain_respond(*args)
+        calls.append(1)
+        for r in rollouts if len(calls) <= FLAGS.steps else []:
+            r.ended = {1: False, 2: True}.get(len(calls), False)  # none ends at first: that is weak
+        return rollouts
+
+    monkeypatch.setattr(ppo, "respond", respond)
+    found = run(0, plain.root, "endless", {})
+    assert found.result["stopped"] == "iteration 2: no reply ends any more"
+
+
 def test_a_run_stopped_half_way_goes_on_as_if_it_had_not(plain, alone, monkeypatch):
     plain_boundary = zero.Run.boundary
 
@@ -348,13 +453,14 @@ def test_a_run_stopped_half_way_goes_on_as_if_it_had_not(plain, alone, monkeypat
         plain_boundary(self, step, **optimizers)
 
     monkeypatch.setattr(zero.Run, "boundary", boundary)
+    whole = plain_ppo(plain.root, **SWITCHED["rewards"])  # its price of KL has changed by then
     with pytest.raises(SystemExit):
-        run(0, plain.root, "parts", {})
-    found = run(0, plain.root, "parts", {})
-    assert len(found.steps["CausalLM"]) == len(plain.steps["CausalLM"]) / 2, "not from the start"
-    for row, expected in zip(found.metrics, plain.metrics, strict=True):
+        run(0, plain.root, "parts", SWITCHED["rewards"])
+    found = run(0, plain.root, "parts", SWITCHED["rewards"])
+    assert len(found.steps["CausalLM"]) == len(whole.steps["CausalLM"]) / 2, "not from the start"
+    for row, expected in zip(found.metrics, whole.metrics, strict=True):
         agree(row, expected, f"step {expected['step']}")
-    agree(found.value, weights(plain.value), "value model")
+    agree(found.value, weights(whole.value), "value model")
 
 
 @pytest.mark.parametrize("fraction, held, std", [(0.0, 0, 1), (1.0, 11, 0.001)])
@@ -366,7 +472,7 @@ def test_one_prompt_is_left_to_train_on_and_a_score_without_spread_is_not_divide
     found = run(0, plain.root, f"held-{held}", changes)
     assert f"{12 - held} prompts, {held} held out; score (raw - 0) / {std}\n" in found.said
     assert bool(found.result) == bool(held), "no prompt is held out: nothing to evaluate"
-    assert len(found.steps["CausalLM"]) == FLAGS.ppo_epochs * FLAGS.batch_size, "none is empty"
+    assert len(found.steps["CausalLM"]) == PLAIN["ppo_epochs"] * FLAGS.batch_size, "none is empty"
 
 
 def test_the_ratio_error_is_the_worst_of_all_processes_before_the_first_step(plain, ranks):
