@@ -101,15 +101,17 @@ def test_the_last_wording_of_every_family_is_never_trained():
         assert all(any(re.match(f, asked(r)[-1]) for f in forms[family]) for r in found)
 
 
-def test_the_last_frames_of_requests_are_never_trained():
+def test_new_frames_of_requests_are_never_trained():
     built = small()
-    last = [rows[-1][lang].split("{x}")[-1] for rows in (world.phrases("core"),) for lang in (0, 1)]
-    last += [rows[-1][lang] for rows in (world.phrases("opening"),) for lang in (0, 1)]
-    last[1] = "Where should one begin"
+    new = [max(form.split("{x}"), key=len).strip(" ?").lower()
+           for block in ("core_new", "opening_new") for row in world.phrases(block) for form in row]
+    assert "where should one begin to" in new and "excuse me," in new
     for record in built["sft"] + built["prompts"]:
         if record["family"] in ("harmful", "lookalike"):
-            assert not any(part.lower() in asked(record)[-1].lower() for part in last)
-    assert len(heldout_of("frame", built)) >= 200
+            assert not any(part in asked(record)[-1].lower() for part in new)
+    held = [asked(r)[-1].lower() for r in heldout_of("frame", built)]
+    assert len(held) >= 300 and all(any(part in text for part in new) for text in held)
+    assert all(any(part in text for text in held) for part in new)
 
 
 def test_the_documents_own_examples_are_in_no_training_set():
