@@ -200,28 +200,62 @@ def pair_kind(record, i, j) -> str:
     return "right/wrong, hot" if "hot" in (sources[i], sources[j]) else "right/wrong"
 
 
+def kendall_tau(scores, labels):
+    """Pairs that scores (N,) order as the labels do, less those ordered the other way, as a share
+    of the pairs whose labels differ: τ-a (Kendall 1938); where labels tie, Somers' d."""
+    margins = (scores[:, None] - scores)[labels[:, None] > labels]  # a number per pair
+    return margins.sign().mean()
+
+
+def calibration(margins) -> list[dict]:
+    """How often the reply with the higher score is the better one, beside σ(difference), which says
+    how likely that is: in bins of what was said. margins: score(better) - score(worse) of pairs."""
+    margins = np.array(margins)
+    said = 1 / (1 + np.exp(-np.abs(margins)))  # of the higher score's reply, so from 0.5 on
+    right = 0.5 + 0.5 * np.sign(margins)  # equal scores: half right
+    bins = np.digitize(said, [0.6, 0.7, 0.8, 0.9])
+    rows = []
+    for number in np.unique(bins):
+        among = bins == number
+        predicted, actual = float(said[among].mean()), float(right[among].mean())
+        rows.append({"predicted": predicted, "actual": actual, "n": int(among.sum())})
+    return rows
+
+
 def evaluate(model, items, tokenizer, cfg, device) -> dict:
-    """Held-out loss; pair accuracy, of all pairs and by kind, each beside what length alone would
-    reach; the scores' mean and spread, by which PPO normalizes."""
+    """Held-out loss; pair accuracy and margin, of all pairs and by kind, the accuracy beside what
+    length alone would reach; τ, a mean over prompts; calibration, its error a mean over pairs (ECE,
+    Guo et al. 2017); the scores' mean and spread, by which PPO normalizes."""
     groups = [rows for rows, _, _ in items]
     scores = all_scores(model, groups, cfg.micro_tokens, tokenizer, device)
-    prompts = []  # of each the loss, the mean score and the mean square
-    pairs = defaultdict(list)  # kind: (is the better reply's score higher?, is the reply longer?)
+    prompts = []  # of each the loss, the mean score, the mean square and τ
+    pairs = defaultdict(list)  # kind: (is the better reply's score higher?, is it longer?, margin)
     for (rows, labels, record), found in zip(items, scores):
-        numbers = (bradley_terry_loss(found, labels), found.mean(), found.square().mean())
+        loss = bradley_terry_loss(found, labels)
+        tau = kendall_tau(found, labels)
+        numbers = (loss, found.mean(), found.square().mean(), tau)
         prompts.append([float(number) for number in numbers])
         for i, j in (labels[:, None] > labels).nonzero().tolist():
             longer = 0.5 + 0.5 * np.sign(len(rows[i]) - len(rows[j]))  # as long: half right
+            margin = float(found[i] - found[j])
             for kind in ("", pair_kind(record, i, j)):
-                pairs[kind].append((float(found[i] > found[j]), longer))
-    loss, mean, square = np.mean(prompts, axis=0).tolist()
+                pairs[kind].append((float(margin > 0), longer, margin))
+    loss, mean, square, tau = np.mean(prompts, axis=0).tolist()
     result = {"loss": loss, "pairs": len(pairs[""])}
+    margins = {}
     for kind in sorted(pairs):
-        right, longer = np.mean(pairs[kind], axis=0).tolist()
+        right, longer, margins[kind] = np.mean(pairs[kind], axis=0).tolist()
         result[f"accuracy {kind}".strip()] = right
         result[f"length_only {kind}".strip()] = max(longer, 1 - longer)
     spread = math.sqrt(max(1e-6, square - mean**2))
-    return result | {"score_mean": mean, "score_std": spread}
+    bins = calibration([margin for *_, margin in pairs[""]])
+    off = sum(row["n"] * abs(row["predicted"] - row["actual"]) for row in bins)
+    print0("predicted  actual  pairs")
+    for row in bins:
+        print0("{predicted:9.3f}  {actual:6.3f}  {n:5}".format(**row))
+    return result | {"score_mean": mean, "score_std": spread, "tau": tau,
+                     "margin": margins.pop(""), "margins": margins,
+                     "calibration_error": off / result["pairs"], "calibration": bins}
 
 
 def main(cfg):

@@ -115,6 +115,27 @@ def test_bradley_terry_is_the_mean_over_all_preferences_and_recovers_a_ranking()
     assert scores.argsort().tolist() == [2, 0, 3, 1]
 
 
+def test_tau_and_calibration_count_each_pair_whose_labels_differ_once():
+    scores, labels = f64(0.3, -1.2, 2.0, 0.3, 0.9), f64(1, -1, 1, 0, 0)
+    order = {"agreed": 0, "against": 0, "neither": 0}  # of two pairs the labels are equal
+    for a, b in itertools.combinations(range(5), 2):
+        if labels[a] != labels[b]:
+            sign = (scores[a] - scores[b]) * (labels[a] - labels[b])
+            order["agreed" if sign > 0 else "against" if sign < 0 else "neither"] += 1
+    assert order == {"agreed": 6, "against": 1, "neither": 1}
+    assert reward.kendall_tau(scores, labels).item() == pytest.approx((6 - 1) / 8)
+    said = [0.5, 0.52, 0.599, 0.601, 0.699, 0.701, 0.799, 0.801, 0.899, 0.901, 1.0]
+    right = [0.5, 1, 0, 1, 1, 0, 1, 1, 0, 1, 0]  # is the reply of the higher score the better one?
+    margins = [(2 * hit - 1) * math.log(p / max(1 - p, 1e-99)) for p, hit in zip(said, right)]
+    places = [[0, 1, 2], [3, 4], [5, 6], [7, 8], [9, 10]]
+    for among in (places, places[1::2]):  # an empty bin has no row
+        rows = reward.calibration([margins[i] for bin in among for i in bin])
+        for row, bin in zip(rows, among, strict=True):
+            expected = {"predicted": sum(said[i] for i in bin) / len(bin),
+                        "actual": sum(right[i] for i in bin) / len(bin), "n": len(bin)}
+            assert row == pytest.approx(expected)
+
+
 def test_a_reply_has_one_score_alone_in_a_batch_and_by_both_scripts_paths(alone):
     net, texts = build(ScalarModel), ["yes", "a much longer reply", "no"]
     record = {"messages": [{"role": "user", "content": "ab?"}], "replies": texts}

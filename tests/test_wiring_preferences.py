@@ -172,7 +172,9 @@ def trains_as_plainly(ranks, folder, command, cfg, model, items, loss, judged, t
             name = name.removeprefix("base_model.model.")
             near(tensor, parameters[name], f"{out}: the saved {name}")
         for name, value in expected.items():
-            near(result[name], value, f"{out}: {name} of what is held out", tolerance)
+            part, _, kind = name.partition(" of ")
+            found = result[part][kind] if kind else result[name]
+            near(found, value, f"{out}: {name} of what is held out", tolerance)
         assert json.loads((out / "eval.json").read_text("utf-8")) == result
         assert Tokenizer.load(out).hash == TOK.hash
 
@@ -208,25 +210,41 @@ def preference_loss(model, item):
 
 @torch.no_grad()
 def judged_scores(model, items):
-    """Loss, accuracy and what length alone reaches (for safety too: one reply is as it should be,
-    the other does harm or refuses the harmless), the scores' mean and spread over prompts."""
+    """Loss, margin, accuracy and what length alone reaches (for safety too: one reply is as it
+    should be, the other does harm or refuses the harmless), the scores' mean and spread and tau
+    over prompts, and how far a bin's σ(difference) is from how often the higher one is better."""
     scores = []  # a list per prompt
-    pairs = defaultdict(list)  # of each kind: (the better one scores more, it is longer)
+    taus = []
+    bins = defaultdict(list)  # of each tenth: (what is predicted, is it so?)
+    pairs = defaultdict(list)  # of each kind: (the better one scores more, it is longer, margin)
     for item in items:
         found, preferences = compared(model, item)
         scores.append([float(s) for s in found.values()])
+        agreed = []
+        for a, b in itertools.combinations(item[2], 2):
+            likely = float((found[a] - found[b]).sigmoid())
+            first, second = (a, b) if likely >= 0.5 else (b, a)
+            if item[2][a] != item[2][b]:
+                hit = item[2][first] > item[2][second]
+                agreed.append(1 if hit else -1)
+                likely = max(likely, 1 - likely)
+                bins[math.ceil(10 * likely)].append((likely, hit))
+        taus.append(mean(agreed))
         for a, b in preferences:
             more = len(TOK.encode(a)) - len(TOK.encode(b))
             longer = 0.5 if more == 0 else float(more > 0)
-            pair = float(found[a] > found[b]), longer
+            pair = float(found[a] > found[b]), longer, float(found[a] - found[b])
             pairs[""].append(pair)
-            if item[1] != "exact" and (item[2][a], item[2][b]) == (1, -1):
-                pairs[" safety"].append(pair)
+            harm = item[1] != "exact" and (item[2][a], item[2][b]) == (1, -1)
+            pairs[" safety" if harm else " right/wrong"].append(pair)
     center = mean(map(mean, scores))
     square = mean(mean(s * s for s in row) for row in scores)
-    expected = {"score_mean": center, "score_std": math.sqrt(square - center**2)}
+    off = sum(abs(sum(likely - hit for likely, hit in found)) for found in bins.values())
+    expected = {"score_mean": center, "score_std": math.sqrt(square - center**2),
+                "tau": mean(taus), "calibration_error": off / len(pairs[""])}
     for kind in pairs:
-        right, longer = zip(*pairs[kind])
+        right, longer, margins = zip(*pairs[kind])
+        expected[f"margins of{kind}" if kind else "margin"] = mean(margins)
         expected[f"accuracy{kind}"] = mean(right)
         expected[f"length_only{kind}"] = max(mean(longer), 1 - mean(longer))
     return expected | mean_of([preference_loss(model, item)[1] for item in items])
