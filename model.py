@@ -401,7 +401,7 @@ def tune(model, kind, size, alpha, base=""):
     """Makes a model train only what `kind` says. It starts as its base exactly, but for "prompt".
 
         full      everything
-        freeze    the last `size` blocks and the last norm
+        freeze    the last `size` blocks and the last norm; of a reward model the head alone
         bitfit    the biases (Ben Zaken et al. 2022), where there are any
         lora      a change of rank `size` to each matrix of the blocks, and to a reward head
         qlora     the same over matrices stored in 4 bits
@@ -421,8 +421,9 @@ def tune(model, kind, size, alpha, base=""):
     model.requires_grad_(False)
     decoder = model.model
     if kind == "freeze":
-        decoder.layers[-size:].requires_grad_(True)
-        decoder.norm.requires_grad_(True)
+        scores = isinstance(model, ScalarModel)
+        for part in [model.score] if scores else [*decoder.layers[-size:], decoder.norm]:
+            part.requires_grad_(True)
     elif kind == "bitfit":
         for bias in biases(model):
             bias.requires_grad_(True)

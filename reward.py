@@ -18,6 +18,7 @@ import sys
 from collections import Counter, defaultdict
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
@@ -137,6 +138,8 @@ class Config(TuneConfig):
     batch_size: int = 16  # prompts per optimizer step over all processes, each with all its replies
     lr: float = 3e-4  # peak learning rate, after warmup
     steps: int = 0  # optimizer steps; 0: as many as --epochs makes
+    tune: Literal["full", "lora", "freeze"] = "full"  # what is trained; freeze: the head alone (D2)
+    objective: Literal["ranking", "regression"] = "ranking"  # regression: as D3, shows why to rank
 
 
 def bradley_terry_loss(scores, labels):
@@ -145,6 +148,12 @@ def bradley_terry_loss(scores, labels):
     better = labels[:, None] > labels[None, :]  # (N, N)
     margins = scores[:, None] - scores[None, :]
     return F.softplus(-margins[better]).mean()
+
+
+def squared_error(scores, labels):
+    """Sum of (score - label)² over N replies, scores, labels (N,): D3's "score error". It learns
+    where an annotator's zero lies as well, of which a difference on one prompt is free."""
+    return (scores - labels).square().sum()
 
 
 def comparison_rows(record, tokenizer, context) -> list[list[int]]:
@@ -269,13 +278,11 @@ def main(cfg):
             rows = comparison_rows(record, tokenizer, cfg.context)
             items.append((rows, torch.tensor(record["scores"]), record))
     trained = len(items) - int(len(items) * cfg.val_fraction)
-    val = items[trained:]
-    items = items[:trained]
+    items, val = items[:trained], items[trained:]
     if not items:
         raise SystemExit(f"{cfg.data}: no prompt has two replies of different scores")
     steps = cfg.steps or max(1, round(cfg.epochs * len(items) / cfg.batch_size))
-    files = [*cfg.data.split(","), *weight_files(cfg.init)]
-    run = Run(cfg, steps, inputs=files)
+    run = Run(cfg, steps, inputs=[*cfg.data.split(","), *weight_files(cfg.init)])
     real = filled([[len(ids) for ids in rows] for rows, _, _ in items], cfg)
     print0(f"{len(items)} prompts with a preference, {len(val)} held out; {real:.0%} real tokens")
     # 2. model: SFT's, with a head of zeros
@@ -287,26 +294,30 @@ def main(cfg):
     print_held("model", optimizer)
 
     # 3. loop
+    ranking = cfg.objective == "ranking"
+    objective, name = (bradley_terry_loss, "loss") if ranking else (squared_error, "squared_loss")
     for step in range(run.resume(model=optimizer), steps):
         batch = [items[i] for i in epoch_rows(cfg.seed, step, cfg.batch_size, len(items))]
-        groups = [rows for rows, _, _ in batch]
-        labels = [labels for _, labels, _ in batch]
+        groups, labels, _ = zip(*batch)
+        count = len(batch) if ranking else sum(map(len, groups))  # prompts or replies
         loss = 0.0
         for part in in_parts(groups, cfg.micro_tokens):
             scores = score_groups(model, [groups[i] for i in part], tokenizer, device)
             partial = scores[0].sum() * 0.0  # an empty micro-batch has a gradient too
             for i, found in zip(part, scores):
-                partial = partial + bradley_terry_loss(found, labels[i].to(device))
-            partial = partial / len(batch)
+                partial = partial + objective(found, labels[i].to(device))
+            partial = partial / count
             optimizer.backward(partial)
             loss += float(partial.detach())
         lr = lr_at(step, steps, cfg.lr, cfg.warmup, cfg.min_lr)
         norm = optimizer.step(lr)
         [loss] = all_sum(loss, device=device)
         if step == 0:
-            print0(f"first loss {loss:.4f}, expected {math.log(2):.4f} (ln 2)")
+            square = torch.cat(labels).square().mean()
+            expected = f"{math.log(2):.4f} (ln 2)" if ranking else f"{square:.4f} (labels' square)"
+            print0(f"first loss {loss:.4f}, expected {expected}")
         tokens = sum(len(row) for rows in groups for row in rows)
-        run.log(step, units=tokens, loss=loss, grad_norm=norm, lr=lr)
+        run.log(step, units=tokens, **{name: loss}, grad_norm=norm, lr=lr)
         run.boundary(step, model=optimizer)
 
     # 4. judge

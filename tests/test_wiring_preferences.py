@@ -128,16 +128,18 @@ def mean_of(rows):
     return {name: mean(float(row[name]) for row in rows) for name in rows[0]}
 
 
-def train(model, items, loss, cfg):
+def train(model, items, loss, cfg, size=lambda item: 1):
     """A step per learning rate, and what each logs. loss(model, item) → (what is minimised,
-    {name: what is logged}); all items of a batch count alike. AdamW is the paper's, and only
-    matrices decay (torch's own judges zero.py in test_zero.py; it takes a second to load)."""
+    {name: what is logged}), sums over what size(item) counts; all of it in a batch counts alike.
+    AdamW is the paper's, and only matrices decay (torch's own judges zero.py in test_zero.py; it
+    takes a second to load)."""
     parameters = [p for p in model.parameters() if p.requires_grad]
     moments = {p: (torch.zeros_like(p), torch.zeros_like(p)) for p in parameters}
     for step, lr in enumerate(LRS):
         chosen = epoch_rows(cfg.seed, step, cfg.batch_size, len(items))
         minimised, logged = zip(*(loss(model, items[i]) for i in chosen))
-        gradients = torch.autograd.grad(sum(minimised) / len(chosen), parameters)
+        count = sum(size(items[i]) for i in chosen)
+        gradients = torch.autograd.grad(sum(minimised) / count, parameters)
         norm = math.sqrt(sum(float(g.square().sum()) for g in gradients))
         for p, g in zip(parameters, gradients):
             g = g * min(1.0, cfg.grad_clip / (norm + 1e-6))
@@ -147,12 +149,14 @@ def train(model, items, loss, cfg):
             spread = (mean_of_squares / (1 - 0.95 ** (step + 1))).sqrt()
             decay = cfg.weight_decay * p.data if p.dim() >= 2 else 0.0
             p.data -= lr * (mean_of_g / (1 - 0.9 ** (step + 1)) / (spread + 1e-8) + decay)
-        yield mean_of(logged) | {"grad_norm": norm, "lr": lr}
+        means = {name: sum(float(row[name]) for row in logged) / count for name in logged[0]}
+        yield means | {"grad_norm": norm, "lr": lr}
 
 
-def trains_as_plainly(ranks, folder, command, cfg, model, items, loss, judged, tolerance=1e-9):
+def trains_as_plainly(ranks, folder, command, cfg, model, items, loss, judged, tolerance=1e-9,
+                      size=lambda item: 1):
     """command(cfg) logs, saves and finds on 1, 2 and 3 processes what a plain loop does."""
-    steps = list(train(model, items[:5], loss, cfg))
+    steps = list(train(model, items[:5], loss, cfg, size))
     norms = [step["grad_norm"] for step in steps]
     assert min(norms) < cfg.grad_clip < max(norms), f"some steps are to be clipped: {norms}"
     expected = judged(model, items[5:])
@@ -167,7 +171,8 @@ def trains_as_plainly(ranks, folder, command, cfg, model, items, loss, judged, t
                 near(line[name], value, f"{out}: {name} of step {line['step']}", tolerance)
         file = "adapter_model" if cfg.tune == "lora" else "model"
         saved = read_safetensors(out / f"{file}.safetensors")
-        assert len(saved) == sum(p.requires_grad for p in parameters.values())
+        whole = cfg.tune != "lora"
+        assert len(saved) == sum(whole or p.requires_grad for p in parameters.values())
         for name, tensor in saved.items():
             name = name.removeprefix("base_model.model.")
             near(tensor, parameters[name], f"{out}: the saved {name}")
@@ -192,6 +197,11 @@ RANKED = [  # question, kind, {reply: score}
 
 
 # ---------------------------------------------------------------- the reward model
+
+
+def write_rows(path):
+    write_jsonl(path, [{"question": question, "kind": kind, "replies": list(labels),
+                        "scores": list(labels.values())} for question, kind, labels in RANKED])
 
 
 def compared(model, item):
@@ -270,6 +280,42 @@ def test_the_reward_model_takes_a_plain_loops_steps_on_1_2_and_3_processes(ranks
     assert set(inputs) == {"first.jsonl", "second.jsonl"} | shards
 
 
+def squared_error(model, item):
+    """(score - label)², summed over the prompt's replies, which a batch's mean counts alike."""
+    scores, _ = compared(model, item)
+    loss = sum((scores[reply] - label) ** 2 for reply, label in item[2].items())
+    return loss, {"squared_loss": loss.detach()}
+
+
+def test_a_reward_model_fits_scores_as_a_plain_loop_does_and_is_judged_by_pairs(ranks, tmp_path):
+    write_models(tmp_path)
+    write_rows(tmp_path / "rows.jsonl")
+    cfg = reward.Config(init="reward", data="rows.jsonl", micro_tokens=300, **RUN | dict(
+        objective="regression", grad_clip=16.0))
+    trains_as_plainly(ranks, tmp_path, reward.main, cfg, load(tmp_path / "reward", ScalarModel),
+                      RANKED, squared_error, judged_scores, size=lambda item: len(item[2]))
+    cfg = replace(cfg, init="sft", batch_size=8, val_fraction=0.0, steps=1, out="all")
+    _, printed, _ = on(ranks, 1, tmp_path, reward.main, cfg)
+    square = mean(label**2 for _, _, labels in RANKED for label in labels.values())
+    assert f"first loss {square:.4f}, expected {square:.4f} (labels' square)" in printed, printed
+
+
+def test_a_reward_model_with_frozen_sft_parameters_trains_its_head_alone(ranks, tmp_path):
+    write_models(tmp_path)
+    write_rows(tmp_path / "rows.jsonl")
+    cfg = reward.Config(init="sft", data="rows.jsonl", micro_tokens=300, **RUN | dict(
+        tune="freeze", grad_clip=0.6))
+    model = load(tmp_path / "sft", ScalarModel)
+    model.model.requires_grad_(False)
+    trains_as_plainly(ranks, tmp_path, reward.main, cfg, model, RANKED, preference_loss,
+                      judged_scores)
+    before = dict(load(tmp_path / "sft", ScalarModel).named_parameters())
+    for world in STAGES:
+        saved = read_safetensors(tmp_path / f"out-{world}/model.safetensors")
+        changed = {name for name, tensor in saved.items() if not tensor.equal(before[name])}
+        assert changed == {"score.weight"}
+
+
 def with_lora(model, base, seed):
     """As the scripts draw it."""
     torch.manual_seed(seed)
@@ -280,9 +326,7 @@ def with_lora(model, base, seed):
 def test_a_reward_model_with_lora_takes_a_plain_loops_steps_and_its_head_learns_too(
         ranks, tmp_path):
     write_models(tmp_path)
-    write_jsonl(tmp_path / "rows.jsonl", [
-        {"question": question, "kind": kind, "replies": list(labels),
-         "scores": list(labels.values())} for question, kind, labels in RANKED])
+    write_rows(tmp_path / "rows.jsonl")
     cfg = reward.Config(init="sft", data="rows.jsonl", micro_tokens=300, **RUN | dict(
         tune="lora", tune_size=2, alpha=3.0, grad_clip=0.3))
     model = with_lora(load(tmp_path / "sft", ScalarModel), "sft", cfg.seed)
