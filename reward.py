@@ -1,6 +1,7 @@
 """Preference signals: comparisons collected, a reward model (奖励模型) trained on them, stages judged.
 
     python reward.py collect    replies of out/sft, ranked by the gold judge → out/comparisons.jsonl
+    python reward.py label      the same by you → out/preferences.jsonl; agree A B: two files' κ
     python reward.py            train the reward model on them (--data dpo.json: on your own)
     python reward.py table      base, SFT, PPO and DPO on the same held-out prompts → out/table.json
 
@@ -17,8 +18,10 @@ import re
 import sys
 from collections import Counter, defaultdict
 from dataclasses import dataclass
+from itertools import combinations, islice
 from pathlib import Path
 from typing import Literal
+from unicodedata import normalize
 
 import numpy as np
 import torch
@@ -34,6 +37,7 @@ from zero import BaseConfig, Run, Sharded, TuneConfig, all_sum, everywhere, in_s
 from zero import launch, lr_at, optimizer_of, print0, print_held, setup
 
 GREEDY = -1  # the number of a greedy reply; samples are counted from 0
+ASK = "best (2) or ranking (2>1=3; those not named are worst), s skip, b back, q quit: "
 
 
 def sampled(sharded, prompts, keys, temperature, ends, cfg, purpose) -> dict:
@@ -55,39 +59,48 @@ def sampled(sharded, prompts, keys, temperature, ends, cfg, purpose) -> dict:
 @dataclass
 class CollectConfig(BaseConfig):
     init: str = "out/sft"  # the model that replies
-    prompts: str = "out/data/prompts.jsonl"  # what the gold judge can judge ("answer", "kind")
+    prompts: str = "out/data/prompts.jsonl"  # conversations; the gold judge needs an "answer" too
     out: str = "out/comparisons.jsonl"  # file to write
     limit: int = 0  # use the first so many prompts; 0: all
     temperatures: str = "1,1,1,1.5,1.5"  # a sample per prompt and temperature
     foreign: int = 1  # replies to other prompts added to each, so that misplaced ones occur too
+    noise: float = 0.0  # share of the prompts that the gold judge ranks upside down: it errs
     max_new_tokens: int = 64
 
 
 def collect(cfg):
-    """Samples, judges and writes {"messages", "replies", "scores", "sources"} per prompt. The judge
-    is the annotator (人工标注). A source is "sample" (at the lowest temperature), "hot" (above it,
-    for the mistakes that a model hardly makes there) or "misplaced" (a reply to another prompt)."""
-    # 1. prompts
+    """The gold judge annotates: writes {"messages", "replies", "scores", "sources"} per prompt."""
     device, dtype = setup(cfg)
     tokenizer = Tokenizer.load(cfg.init)
     records = [r for r in read_prompts(cfg.prompts) if "answer" in r]
-    records = records[: cfg.limit or None]
     if not records:
         raise SystemExit(f'{cfg.prompts}: no record has an "answer"; bring your own comparisons')
+    sharded = Sharded(load_model(cfg.init), cfg.zero, dtype, device)
+    rows = replied(records[: cfg.limit or None], tokenizer, sharded, cfg, "collect")
+    if dist.get_rank() > 0:
+        return
+    for row in rows:
+        scores = [gold_score(row, reply) for reply in row["replies"]]
+        if keyed_seed(cfg.seed, "noise", row["messages"]) < cfg.noise * 2**63:
+            levels = sorted(set(scores))  # the best reply gets the worst one's score, and so on:
+            scores = [levels[-1 - levels.index(score)] for score in scores]  # each pair is wrong
+        row["scores"] = scores
+    write_jsonl(cfg.out, rows)
+    count = sum(len(row["replies"]) for row in rows)
+    print0(f"{cfg.out}: {len(rows)} prompts, {count} different replies")
+
+
+def replied(records, tokenizer, sharded, cfg, purpose) -> list[dict]:
+    """The records with their different replies and what these are: "sample" (lowest temperature),
+    "hot" (above it: mistakes hardly made there) or "misplaced" (a reply to another prompt)."""
     prompts = [render(r["messages"], tokenizer)[0] for r in records]
-    # 2. replies, all of one temperature together
     heats = sorted(float(heat) for heat in cfg.temperatures.split(","))
     end = tokenizer.end
-    ends = [end, tokenizer.text_end]
-    sharded = Sharded(load_model(cfg.init), cfg.zero, dtype, device)
-    replies = {}
+    replies = {}  # all of one temperature are made together
     for heat in sorted(set(heats)):
         numbers = [n for n, other in enumerate(heats) if other == heat]
         keys = [(i, n) for n in numbers for i in range(len(records))]
-        replies |= sampled(sharded, prompts, keys, heat, ends, cfg, "collect")
-    if dist.get_rank() > 0:
-        return
-    # 3. scores of the different replies to each prompt
+        replies |= sampled(sharded, prompts, keys, heat, [end, tokenizer.text_end], cfg, purpose)
     texts = {key: tokenizer.decode(ids) for key, ids in replies.items()}
     elsewhere = misplaced(records)
     rows = []
@@ -100,14 +113,9 @@ def collect(cfg):
             others = elsewhere[i] or [i]  # (a family alone gets its own)
             other = others[keyed_seed(cfg.seed, "foreign", i, k) % len(others)]
             sources.setdefault(texts[other, 0], "misplaced")  # number 0 is a coolest sample
-        if not sources:
-            continue
-        scores = [gold_score(record, reply) for reply in sources]
-        rows.append(record | {
-            "replies": [*sources], "scores": scores, "sources": [*sources.values()]})
-    write_jsonl(cfg.out, rows)
-    count = sum(len(row["replies"]) for row in rows)
-    print0(f"{cfg.out}: {len(rows)} prompts, {count} different replies")
+        found = {"replies": [*sources], "scores": [], "sources": [*sources.values()]}
+        rows += [record | found] if sources else []
+    return rows
 
 
 def misplaced(records) -> list[list[int]]:
@@ -117,12 +125,100 @@ def misplaced(records) -> list[list[int]]:
     prompts = [(r.get("kind"), r.get("family")) for r in records]
     others = {}  # of each kind and family
     for kind, family in set(prompts):
-        if kind in MORAL:
-            found = [i for i, (k, _) in enumerate(prompts) if k in MORAL and k != kind]
-        else:
-            found = [i for i, (k, f) in enumerate(prompts) if k not in MORAL and f != family]
-        others[kind, family] = found
+        others[kind, family] = [
+            i for i, (k, f) in enumerate(prompts)
+            if (k in MORAL) == (kind in MORAL) and (k != kind if k in MORAL else f != family)]
     return [others[prompt] for prompt in prompts]
+
+
+@dataclass
+class LabelConfig(CollectConfig):
+    out: str = "out/preferences.jsonl"  # file to write, and to go on with
+    foreign: int = 0  # replies to other prompts added to each
+    annotator: str = Path.home().name or "me"  # whose judgement it is
+
+
+def label(cfg):
+    """A person ranks replies (人工标注). {"messages", "replies", "scores", "annotator"} is written at
+    once and gone on with; of a skipped prompt, whose scores are equal, reward.py makes no pair."""
+    shown = read_comparisons(cfg.out) if Path(cfg.out).exists() else []
+    new = unjudged(cfg, shown)
+    at = len(shown)
+    while True:
+        shown += islice(new, at == len(shown))
+        record = shown[at] if at < len(shown) else {"messages": [], "replies": []}
+        count = len(record["replies"])
+        said = [f"{message['role']}: {message['content']}" for message in record["messages"]]
+        said += [f"[{number}] {reply}" for number, reply in enumerate(record["replies"], 1)]
+        print("", *said or ["no prompt is left"], sep="\n")
+        try:
+            answer = normalize("NFKC", input(ASK)).strip()  # ２＞１ is 2>1
+            if answer == "b":
+                at = max(0, at - 1)
+            elif answer == "q" or not count:
+                break
+            else:
+                scores = [0] * count if answer == "s" else ranks(answer, count)
+                record |= {"scores": scores, "annotator": cfg.annotator, "skipped": answer == "s"}
+                write_jsonl(cfg.out, [row for row in shown if row["scores"]])
+                at += 1
+        except (EOFError, KeyboardInterrupt):
+            break
+        except ValueError:
+            print(f"expected numbers from 1 to {count}, each once, or a letter")
+    print(f"\n{cfg.out}: {sum(row['scores'] != [] for row in shown)} prompts")
+
+
+def unjudged(cfg, judged):
+    """Yields the other prompts with two different replies or more, in an order that says nothing;
+    eight are sampled at a time, always the same, so that all annotators see the same replies."""
+    device, dtype = setup(cfg)
+    if dist.get_world_size() > 1:
+        raise SystemExit("reward.py label: one person needs one process; start it without torchrun")
+    tokenizer = Tokenizer.load(cfg.init)
+    sharded = Sharded(load_model(cfg.init), cfg.zero, dtype, device)
+    done = [row["messages"] for row in judged]
+    asked = read_prompts(cfg.prompts)[: cfg.limit or None]
+    for start in range(0, len(asked), 8):
+        block = asked[start : start + 8]
+        new = any(record["messages"] not in done for record in block)
+        for row in replied(block, tokenizer, sharded, cfg, f"label {start}") if new else ():
+            for name in ("chosen", "output", "sources"):  # would belie the label
+                row.pop(name, None)
+            row["replies"].sort(key=lambda text: keyed_seed(cfg.seed, cfg.annotator, start, text))
+            if row["messages"] not in done and len(row["replies"]) > 1:
+                yield row
+
+
+def ranks(answer, count) -> list[int]:
+    """"2>1=3" → [1, 2, 1], the levels of so many replies from below; who is not named has 0."""
+    scores = [0] * count
+    unnamed = [*range(1, count + 1)]
+    for level, numbers in enumerate(reversed(answer.split(">")), 1):
+        for number in map(int, numbers.split("=")):
+            unnamed.remove(number)  # ValueError: there is no such reply, or it was named before
+            scores[number - 1] = level
+    return scores
+
+
+def agree(*files):
+    """Prints Cohen's κ = (p - e) / (1 - e) of two files (1960). Of the pairs of replies that both
+    judged, p is the share with one outcome in both (first better, second better, tie); e is what
+    chance makes of it, Σ over outcomes of the shares in both, multiplied. Undefined if e is 1."""
+    sides = [{(repr(row["messages"]), a, b): np.sign(x - y)
+              for row in read_comparisons(path) if not row.get("skipped")  # a, b: in order of text
+              for (a, x), (b, y) in combinations(sorted(zip(row["replies"], row["scores"])), 2)}
+             for path in files]
+    for path, pairs in zip(files, sides):
+        print(f"{path}: {len(pairs)} pairs, {[*pairs.values()].count(0)} of them ties")
+    common = sides[0].keys() & sides[1].keys()
+    if not common:
+        raise SystemExit(f"{' and '.join(files)} have judged no two replies to a prompt both")
+    a, b = np.array([[pairs[key] for key in common] for pairs in sides])
+    p = np.mean(a == b)
+    e = np.mean([np.mean(a == outcome) for outcome in b])
+    kappa = f"{(p - e) / (1 - e):.3f}" if e < 1 else "undefined: both know one outcome"
+    print(f"{len(common)} common pairs, {p:.1%} judged alike, Cohen's κ {kappa}")
 
 
 # ================================================================================ reward model
@@ -503,8 +599,7 @@ def examples(records, texts) -> dict:
     found = defaultdict(list)
     for (i, _), text in texts.items():
         if records[i]["split"] == "document":
-            question = records[i]["messages"][-1]["content"]
-            found[question].append(text)
+            found[records[i]["messages"][-1]["content"]].append(text)
     return found
 
 
@@ -667,7 +762,9 @@ def text_rows(model, tokenizer, cfg, device) -> dict:
 
 
 if __name__ == "__main__":
-    commands = {"collect": (collect, CollectConfig), "train": (main, Config),
-                "table": (table, TableConfig)}
+    commands = {"collect": (collect, CollectConfig), "label": (label, LabelConfig),
+                "train": (main, Config), "table": (table, TableConfig)}
+    if sys.argv[1:2] == ["agree"] and len(sys.argv) == 4:
+        sys.exit(agree(*sys.argv[2:]))
     named = sys.argv[1:] and sys.argv[1] in commands
     launch(*commands[sys.argv.pop(1) if named else "train"])
