@@ -322,7 +322,8 @@ def calibration(margins) -> list[dict]:
     rows = []
     for number in np.unique(bins):
         among = bins == number
-        predicted, actual = float(said[among].mean()), float(right[among].mean())
+        predicted = float(said[among].mean())
+        actual = float(right[among].mean())
         rows.append({"predicted": predicted, "actual": actual, "n": int(among.sum())})
     return rows
 
