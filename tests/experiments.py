@@ -1,12 +1,13 @@
-"""Experiments on what `make seeds` left in out/seed-0, out/seed-1, ...: ordinary flags, one change each.
+"""Experiments on what `make seeds` left in out/seed-0, out/seed-1, …: ordinary flags, one change each.
 
-    python tests/experiments.py switches            PPO with each of its details switched off
-    python tests/experiments.py frontier            gold score over KL: PPO and DPO at several prices
-    python tests/experiments.py noise --seeds 0     what wrong labels do, on one seed
+    python tests/experiments.py switches    PPO, each of its details changed
+    python tests/experiments.py clip        one pass over the replies and four, with and without clip
+    python tests/experiments.py frontier    gold score over KL, PPO and DPO at several prices → svg
+    python tests/experiments.py hacking     no price of KL, more iterations: score and gold part
+    python tests/experiments.py noise       what wrong labels do to the reward model and to PPO
 
-Each prints a table: the mean over seeds, the least and the greatest. Runs that are finished are not
-repeated; all are left in out/seed-N/<experiment>/ with their curves. The measures are those of
-`reward.py table`, of fewer prompts.
+Prints a table: of each measure the mean over --seeds and, in brackets, the least and the greatest.
+What has run is not repeated; out/seed-N/<experiment>/ holds every run with its curves.
 """
 
 import argparse
@@ -17,46 +18,156 @@ from pathlib import Path
 
 HERE = Path(__file__).parents[1]
 sys.path.insert(0, str(HERE))
-import zero  # noqa: E402
+from zero import plot  # noqa: E402
 
-PPO = "ppo.py --init {at}/sft --reward {at}/reward --prompts {at}/data/prompts.jsonl "
-DPO = "dpo.py --init {at}/sft --data {at}/comparisons.jsonl "
-SHORT = "--steps 24 "  # as long as DPO with as many pairs
-NOISY = ("reward.py collect --init {at}/sft --prompts {at}/data/prompts.jsonl --out {out}/labels.jsonl "
-         "--noise ", "reward.py --init {at}/sft --data {out}/labels.jsonl --out {out}/reward",
-         PPO.replace("{at}/reward", "{out}/reward"))
+PPO = "ppo.py --init {at}/sft --reward {at}/reward --prompts {at}/data/prompts.jsonl --out {out}"
+DPO = "dpo.py --init {at}/sft --data {at}/comparisons.jsonl --out {out}"
+NOISY = ("reward.py collect --init {at}/sft --prompts {at}/data/prompts.jsonl --out {out}.jsonl"
+         " --noise 0.%d;reward.py --init {at}/sft --data {out}.jsonl --out {out}-reward;"
+         # what it learned, judged by the labels that are right: a step of length 0
+         "reward.py --init {out}-reward --data {at}/comparisons.jsonl --steps 1 --lr 0"
+         " --out {out}-judge;" + PPO.replace("{at}/reward", "{out}-reward"))
 EXPERIMENTS = {  # name: {variant: its commands; the last one makes the model that is measured}
     "switches": {
-        "as it is": [PPO],
-        "no price of KL": [PPO + "--kl-coef 0"],
-        "price adapted to 0.3 nats": [PPO + "--kl-target 0.3"],
-        "price by k3": [PPO + "--kl-estimator k3"],
-        "advantages not whitened": [PPO + "--no-whiten"],
-        "scores not normalized": [PPO + "--no-normalize"],
-        "unended replies scored": [PPO + "--no-penalize"],
-        "no clip": [PPO + "--cliprange 1e9"],
-        "no value clip": [PPO + "--cliprange-value 1e9"],
-        "critic from SFT": [PPO + "--critic sft"],
-        "entropy bonus 0.01": [PPO + "--entropy-coef 0.01"],
-        "4 replies a prompt": [PPO + "--replies 4"],
-        "passes stop at KL 0.005": [PPO + "--stop-kl 0.005"],
-        "with text (PPO-ptx)": [PPO + "--ptx-coef 0.3 --ptx-data {at}/data/corpus.jsonl"],
-        "reply's return on each token": [PPO + "--advantage reinforce"],
-        "the same, not whitened": [PPO + "--advantage reinforce --no-whiten"],
+        "as it is": PPO,
+        "no price of KL": PPO + " --kl-coef 0",
+        "price adapted to 0.3 nats": PPO + " --kl-target 0.3",
+        "price by k3": PPO + " --kl-estimator k3",
+        "advantages not whitened": PPO + " --no-whiten",
+        "scores not normalized": PPO + " --no-normalize",
+        "no value clip": PPO + " --cliprange-value 1e9",
+        "critic from SFT": PPO + " --critic sft",
+        "entropy bonus 0.01": PPO + " --entropy-coef 0.01",
+        "4 replies a prompt": PPO + " --replies 4",
+        "with text (PPO-ptx)": PPO + " --ptx-coef 0.3 --ptx-data {at}/data/corpus.jsonl",
+        "the return on each token": PPO + " --advantage reinforce",
+        "the same, not whitened": PPO + " --advantage reinforce --no-whiten",
     },
+    "clip": {
+        "1 pass": PPO + " --steps 24",
+        "4 passes": PPO + " --steps 24 --ppo-epochs 4 --minibatches 4",
+        "4 passes, no clip": PPO + " --steps 24 --ppo-epochs 4 --minibatches 4 --cliprange 1e9",
+        "4 passes, stop at KL 0.005": PPO + " --steps 24 --ppo-epochs 4 --minibatches 4"
+                                            " --cliprange 1e9 --stop-kl 0.005",
+    },
+    "frontier": {  # 24 iterations take as long as both rounds' training and replies of DPO
+        **{f"PPO {price}": PPO + f" --steps 24 --kl-coef {price}"
+           for price in (0.02, 0.1, 0.3, 1.0)},
+        **{f"DPO {beta}": DPO + f" --beta {beta}" for beta in (0.05, 0.2, 0.8, 2.0)},
+    },
+    "hacking": {
+        "a price of 0.05": PPO + " --steps 96 --lr 3e-4",
+        "no price": PPO + " --steps 96 --lr 3e-4 --kl-coef 0",
+    },
+    "noise": {
+        "no wrong labels": PPO,
+        "10 % wrong": NOISY % 1,
+        "30 % wrong": NOISY % 3,
+    },
+}
+ROWS = {  # measure: its row of the table, and a factor
+    "gold": ("gold score, T=1", 1),
+    "score": ("reward score, T=1", 1),
+    "KL": ("KL to SFT per reply, T=1", 1),
+    "entropy": ("entropy per token, T=1", 1),
+    "exact match": ("exact match, new combinations", 100),
+    "refused": ("harmful requests refused, T=1", 100),
+    "look-alikes refused": ("look-alikes refused, T=1", 100),
+    "in new frames": ("look-alikes refused, new frames", 100),
+    "ended": ("replies that end", 100),
 }
 
 
-def run(command, out, at, seed, flags):
-    """Runs a script unless it has finished. {at}: what make left of the seed."""
-    words = command.format(at=at, out=out).split()
-    if "--out" not in words:
-        words += ["--out", str(out)]
-    ...
+def run(line, flags=""):
+    """Runs a script with its output behind a line of its own; ends the program if that fails."""
+    print("$", line, flush=True)
+    subprocess.run([sys.executable, *line.split(), *flags.split()], cwd=HERE, check=True)
+
+
+def measured(at, folder, variants, seed, flags) -> dict:
+    """{variant: measures} of one seed, whose `make` left its folders at `at`."""
+    models = [str(folder / slug(variant)) for variant in variants]
+    for model, line in zip(models, variants.values()):
+        if not Path(model, "eval.json").exists():
+            for command in line.format(at=at, out=model).split(";"):
+                run(f"{command} --seed {seed}", "" if " collect " in command else flags)
+    path = folder / "table.json"
+    run(f"reward.py table --models {','.join(models)} --data {at}/data/eval.jsonl --text none "
+        f"--prompts {at}/data/prompts.jsonl --reward {at}/reward --reference {at}/sft --out {path} "
+        "--limit 60 --samples 2")
+    table = json.loads(path.read_text(encoding="utf-8"))
+    found = {}
+    for variant, model in zip(variants, models):
+        column = table[model]
+        found[variant] = {name: factor * column[row]["mean"] for name, (row, factor) in ROWS.items()}
+        logged = [json.loads(text) for text in open(f"{model}/metrics.jsonl", encoding="utf-8")]
+        if "clipfrac" in logged[0]:
+            mean = sum(record["clipfrac"] for record in logged) / len(logged)
+            found[variant]["clipped %"] = 100 * mean
+        judge = Path(f"{model}-judge", "eval.json")
+        if judge.exists():  # a reward model of its own
+            right = json.loads(judge.read_text(encoding="utf-8"))
+            for key in ("accuracy", "accuracy safety"):
+                found[variant][f"reward model's {key}"] = 100 * right[key]
+    return found
+
+
+def slug(variant) -> str:
+    return "".join(c if c.isalnum() or c == "." else "-" for c in variant)
+
+
+def spread(values) -> str:
+    """Mean, least and greatest."""
+    digits = 2 if max(map(abs, values)) < 10 else 1
+    mean, least, most = sum(values) / len(values), min(values), max(values)
+    return f"{mean:.{digits}f} ({least:.{digits}f} to {most:.{digits}f})"
+
+
+def show(seeds):
+    """The table, as Markdown; seeds: what `measured` returned of each."""
+    variants = list(seeds[0])
+    names = list(dict.fromkeys(name for found in seeds[0].values() for name in found))
+    print("\n| |", " | ".join(names), "|\n|---|" + "---:|" * len(names))
+    for variant in variants:
+        cells = []
+        for name in names:
+            values = [found[variant][name] for found in seeds if name in found[variant]]
+            cells.append(spread(values) if values else "–")
+        print(f"| {variant} |", " | ".join(cells), "|")
+
+
+def frontier(seeds, path):
+    """Draws gold score over KL, a point for each seed and price, in the order of the prices."""
+    panels = []
+    for algorithm in ("PPO", "DPO"):
+        lines = {}
+        for seed, found in enumerate(seeds):
+            points = [(x["KL"], x["gold"]) for name, x in found.items() if name[:3] == algorithm]
+            lines[f"seed {seed}"] = sorted(points)
+        panels.append({"title": f"{algorithm}: gold score", "lines": lines, "unit": "over KL, nats"})
+    plot(panels, path)
 
 
 def main():
-    ...
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("name", choices=EXPERIMENTS)
+    parser.add_argument("--root", default="out", help="where make seeds left seed-0, seed-1, …")
+    parser.add_argument("--seeds", default="0,1,2", help="comma-separated")
+    parser.add_argument("--only", default="", help="variants whose name contains this")
+    parser.add_argument("--flags", default="", help="further flags of every training command")
+    args = parser.parse_args()
+    variants = {name: line for name, line in EXPERIMENTS[args.name].items() if args.only in name}
+    seeds = []
+    for seed in args.seeds.split(","):
+        at = Path(args.root, f"seed-{seed}").resolve()
+        if not (at / "table.json").exists():
+            raise SystemExit(f"{at}: run make seeds first (SEEDS={seed!r} for this one)")
+        folder = at / args.name
+        seeds.append(measured(at, folder, variants, seed, args.flags))
+    show(seeds)
+    if args.name == "frontier":
+        frontier(seeds, Path(args.root, "frontier.svg"))
 
 
 if __name__ == "__main__":
