@@ -48,17 +48,6 @@ def test_a_tokens_reward_is_minus_kl_and_the_last_has_the_score_and_advantages_a
     assert ppo.whiten(f64(5)).tolist() == [0] and ppo.whiten(f64(5, 5)).tolist() == [0, 0]
 
 
-@pytest.mark.parametrize("gamma, lam", [(0.9, 0.8), (1.0, 1.0), (0.7, 0.0)])
-def test_gae_is_the_sum_over_all_later_deltas(gamma, lam):
-    r, v = torch.randn(2, 7, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    delta = r + gamma * torch.cat([v[1:], f64(0)]) - v  # after the end nothing is expected
-    expected = [sum((gamma * lam) ** k * delta[t + k] for k in range(7 - t)) for t in range(7)]
-    advantages, returns = ppo.gae(r, v, gamma, lam)
-    close(advantages, torch.stack(expected))
-    close(returns, torch.stack(expected) + v)
-    assert gamma < 1 or torch.allclose(returns, r.flip(0).cumsum(0).flip(0))  # V cancels
-
-
 def test_policy_and_value_loss_clip_what_is_gained_and_never_what_is_lost():
     cases = [(1.0, 2, -2, -2), (1.0, -3, 3, 3), (1.5, 1, -1.2, 0), (0.5, 1, -0.5, -0.5),
              (1.5, -1, 1.5, 1.5), (0.5, -1, 0.8, 0)]  # ratio, advantage, loss, slope in log π
@@ -100,19 +89,13 @@ def test_responses_alone_are_trained_and_the_ratio_is_1_before_the_first_step(mo
         assert row.nonzero()[:, 0].tolist() == list(targets)
 
 
-def test_bradley_terry_is_the_mean_over_all_preferences_and_recovers_a_ranking():
+def test_bradley_terry_is_the_mean_over_all_preferences():
     scores = f64(0.3, -1.2, 2.0, 0.5)
     for labels in ([3.0, 1.0, 2.0, 0.0], [1.0, 0.0, 1.0, 0.0], [1.0, 0.0, 0.0, 0.0]):
         losses = [math.log(1 + math.exp(scores[j] - scores[i]))
                   for i, j in itertools.permutations(range(4), 2) if labels[i] > labels[j]]
         found = reward.bradley_terry_loss(scores, torch.tensor(labels))
         assert found.item() == pytest.approx(sum(losses) / len(losses))
-    truth, scores, rng = (0.0, 2.0, -1.0, 1.0), f64(0, 0, 0, 0).requires_grad_(), Random(0)
-    for _ in range(200):  # each annotator ranks what he sees through noise
-        seen = f64(*(t + rng.gauss(0, 0.5) for t in truth))
-        [slope] = torch.autograd.grad(reward.bradley_terry_loss(scores, seen), scores)
-        scores.data -= 0.2 * slope
-    assert scores.argsort().tolist() == [2, 0, 3, 1]
 
 
 def test_tau_and_calibration_count_each_pair_whose_labels_differ_once():
@@ -158,17 +141,6 @@ def test_the_dpo_loss_is_ln_2_at_the_reference_and_a_hand_number_elsewhere():
     assert at.grad.tolist() == pytest.approx([-0.1, 0.1])  # ∓β/2: the chosen reply rises
     found = torch.cat(dpo.dpo_loss(f64(-4), f64(-9), f64(-5), f64(-7), 0.5))
     close(found, f64(math.log(1 + math.exp(-1.5)), 0.5, -1.0))
-
-
-def test_the_optimum_of_dpo_on_a_bandit_is_the_reference_tilted_by_the_reward():
-    ref, r, beta = f64(0.5, 0.3, 0.15, 0.05), f64(0.0, 1.0, -0.5, 0.7), 0.5
-    a, b = torch.tensor(list(itertools.permutations(range(4), 2))).T
-    wins, logits = torch.sigmoid(r[a] - r[b]), ref.log().clone().requires_grad_()
-    for _ in range(3000):  # a beats b as often as Bradley and Terry say
-        logp, before = logits.log_softmax(0), ref.log()
-        losses, _, _ = dpo.dpo_loss(logp[a], logp[b], before[a], before[b], beta)
-        logits.data -= torch.autograd.grad((wins * losses).sum(), logits)[0]
-    close(logits.softmax(0).detach(), (ref.log() + r / beta).softmax(0), atol=1e-9)
 
 
 def test_pairs_are_drawn_without_ties_and_share_the_prompts_tokens():

@@ -12,6 +12,7 @@ import io
 import itertools
 import json
 import math
+import os
 from collections import Counter, defaultdict, namedtuple
 from contextlib import chdir, redirect_stdout
 from dataclasses import replace
@@ -65,7 +66,7 @@ def weights(model):
 
 def drive(rank, folder, command, cfg, script):
     """command(cfg) on this rank: (result, what it printed, its calls of generate, in whose place
-    script(prompt, temperature, seed) replies)."""
+    script(prompt, temperature, seed) replies if there is one)."""
     printed, calls = io.StringIO(), []
     plain_step = zero.AdamW.step
 
@@ -82,7 +83,8 @@ def drive(rank, folder, command, cfg, script):
         return plain_step(optimizer, lr)
 
     with (chdir(folder), redirect_stdout(printed), mock.patch.object(zero.AdamW, "step", step),
-          mock.patch.object(reward, "generate", generate)):
+          mock.patch.object(reward, "generate", generate if script else reward.generate),
+          mock.patch.dict(os.environ, LOCAL_RANK=str(rank))):  # rank 0 builds the files of all
         return command(cfg), printed.getvalue(), calls
 
 
@@ -91,6 +93,7 @@ def on(ranks, world, folder, command, cfg, script=None):
     cfg = replace(cfg, zero=STAGES[world])
     results, printed, calls = zip(*ranks(world, drive, folder, command, cfg, script))
     assert len({str(r) for r in results}) == 1, f"ranks return different results: {results}"
+    assert not any(printed[1:]), f"only rank 0 is to print: {printed}"
     return results[0], printed[0], sum(calls, [])
 
 
