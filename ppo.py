@@ -298,6 +298,7 @@ def update(policy, value, rollouts, text, step, tokenizer, cfg, device, rate) ->
     """ppo_epochs × minibatches optimizer steps on a batch of rollouts; text: --ptx-data's, or None.
     Returns means over response tokens, the last gradient norm, and how far from 1 a ratio was
     before the first step."""
+    began = time.perf_counter()
     sums = dict.fromkeys(METRICS, 0.0)
     tokens = 0
     farthest = []  # from 1 that a ratio was, in each micro-batch before the first step
@@ -327,7 +328,8 @@ def update(policy, value, rollouts, text, step, tokenizer, cfg, device, rate) ->
     totals = all_sum(*sums.values(), device=device)
     means = {name: total / tokens for name, total in zip(METRICS, totals)}
     errors = everywhere({dist.get_rank(): max(farthest)})
-    means |= {"grad_norm": norm, "ratio_error": max(errors.values())}
+    means |= {"grad_norm": norm, "ratio_error": max(errors.values()),
+              "update_rate": tokens / (time.perf_counter() - began)}  # tokens of replies per second
     if text:
         means["ptx_loss"] = all_sum(sum(text_losses), device=device)[0] / len(text_losses)
     return means
@@ -429,7 +431,9 @@ def judged(model, records, reward, norm, tokenizer, cfg, device) -> dict:
 
 def diverged(metrics, most_ended, cfg) -> str:
     """Why the run must end, or "". most_ended: the largest share of replies that ended before."""
-    if cfg.max_kl and metrics["kl"] > cfg.max_kl:
+    if not cfg.max_kl:
+        return ""
+    if metrics["kl"] > cfg.max_kl:
         return f"KL {metrics['kl']:.3g} nats a reply, --max-kl is {cfg.max_kl:g}"
     if metrics["ended"] == 0 and most_ended > 0.5:
         return "no reply ends any more"
@@ -469,7 +473,6 @@ def train(models, asked, run, norm, tokenizer, cfg, device) -> str:
         most_ended = max(most_ended, metrics["ended"])
         good = [unit.master.clone() for unit in policy.trained if cfg.max_kl]
         # 2. learning
-        observed = time.perf_counter()
         rate = lr_at(step, cfg.steps, 1.0, cfg.warmup, cfg.min_lr)
         losses = update(policy, value, rollouts, text, step, tokenizer, cfg, device, rate)
         if cfg.kl_target:
@@ -483,8 +486,7 @@ def train(models, asked, run, norm, tokenizer, cfg, device) -> str:
             print0("KL is clearly negative: the replies are not the scored policy's samples")
         said = sum(len(r.response) for r in rollouts)
         tokens = sum(len(r.query) for r in rollouts) + said
-        metrics["rollout_rate"] = said / (replied - began)
-        metrics["update_rate"] = cfg.ppo_epochs * tokens / (time.perf_counter() - observed)
+        metrics["rollout_rate"] = said / (replied - began)  # tokens of replies per second
         run.log(step, units=tokens, **metrics, **losses, lr=cfg.lr * rate)
         run.boundary(step, policy=policy, value=value)
     return ""

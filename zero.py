@@ -1138,7 +1138,8 @@ STYLE = ("text{font:11px sans-serif;fill:#757d87}.grid{stroke:#757d87;opacity:.3
          "@media(prefers-color-scheme:dark){text{fill:#8b949e}}")
 # In nats is what is a log-probability; policy_loss and value_loss have no unit.
 UNITS = {"loss": "nats", "replay_loss": "nats", "approx_kl": "nats per token",
-         "kl": "nats per reply", "entropy": "nats per token", "length": "tokens"}
+         "kl": "nats per reply", "kl_k3": "nats per reply", "entropy": "nats per token",
+         "length": "tokens", "rollout_rate": "tokens/s", "update_rate": "tokens/s"}
 
 
 def ticks(low, high, count=5) -> list[float]:

@@ -143,7 +143,8 @@ def frontier(seeds, path):
         lines = {}
         for seed, found in enumerate(seeds):
             points = [(x["KL"], x["gold"]) for name, x in found.items() if name[:3] == algorithm]
-            lines[f"seed {seed}"] = sorted(points)
+            if points:
+                lines[f"seed {seed}"] = sorted(points)
         panels.append({"title": f"{algorithm}: gold score", "lines": lines, "unit": "over KL, nats"})
     plot(panels, path)
 

@@ -6,6 +6,7 @@ stage under another ZeRO stage; `agreeing.py` ends a run whose ranks differ afte
 
 import json
 import os
+import shlex
 import shutil
 import signal
 import subprocess
@@ -32,8 +33,8 @@ TINY = ("--hidden-size 32 --intermediate-size 64 --num-hidden-layers 2 --num-att
 
 
 def run(*words, processes=2, fails=False):
-    """Runs a script's command line (one string, split at blanks); returns what it printed."""
-    words = " ".join(map(str, words)).split()
+    """Runs a script's command line, as a shell would; returns what it printed."""
+    words = shlex.split(" ".join(map(str, words)))
     if processes > 1:
         command = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
         words = ["tests/agreeing.py", words[0].removesuffix(".py"), *words[1:]]
@@ -49,7 +50,8 @@ def run(*words, processes=2, fails=False):
 def metrics(folder):
     """What a run logged, but for the time it took."""
     lines = (Path(folder) / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    return [{k: v for k, v in json.loads(line).items() if k != "seconds"} for line in lines]
+    times = ("seconds", "rollout_rate", "update_rate")
+    return [{k: v for k, v in json.loads(line).items() if k not in times} for line in lines]
 
 
 def losses(folder, key="loss"):
@@ -180,7 +182,23 @@ def test_the_tables_of_two_seeds_become_one_and_a_figure(road, tmp_path):
     assert table["sft"]["bits per byte"]["n"] == 2
     texts = [element.text for element in ElementTree.parse(tmp_path / "table.svg").iter()]
     assert all(text in texts for text in ("sft", "gold score, T=1", "exact match, new wordings"))
-    assert len(ElementTree.parse(out / "ppo/curves.svg").findall("{*}g")) == 13  # a metric each
+    assert len(ElementTree.parse(out / "ppo/curves.svg").findall("{*}g")) == 16  # a metric each
+
+
+def test_an_experiment_runs_its_variant_and_tells_what_the_table_says(road, tmp_path):
+    out, _ = road
+    (tmp_path / "seed-0").symlink_to(out)
+    words = ["tests/experiments.py frontier --root", str(tmp_path), "--seeds 0 --only 0.3"]
+    flags = "--flags='--steps 2 --batch-size 8 --max-new-tokens 12'"
+    said = run(*words, flags, processes=1)
+    [row] = [line for line in said.splitlines() if line.startswith("| PPO 0.3 |")]
+    config = json.loads((out / "frontier/PPO-0.3/run.json").read_text())["config"]
+    assert (config["kl_coef"], config["steps"], config["init"]) == (0.3, 2, f"{out}/sft")
+    [column] = json.loads((out / "frontier/table.json").read_text()).values()
+    gold = column["gold score, T=1"]["mean"]
+    assert row.startswith(f"| PPO 0.3 | {gold:.2f} ({gold:.2f} to {gold:.2f}) |")
+    lines = ElementTree.parse(tmp_path / "frontier.svg").findall(".//{*}polyline")
+    assert len(lines) == 1, "one algorithm, one seed"
 
 
 def test_one_process_trains_what_two_train(road):
