@@ -1,7 +1,6 @@
 """Experiments on what `make seeds` left in out/seed-0, out/seed-1, …: ordinary flags, one change each.
 
-    python tests/experiments.py switches    PPO, each of its details changed
-    python tests/experiments.py clip        one pass over the replies and four, with and without clip
+    python tests/experiments.py switches    PPO, each of its details changed, and its clip at work
     python tests/experiments.py frontier    gold score over KL, PPO and DPO at several prices → svg
     python tests/experiments.py hacking     no price of KL, more iterations: score and gold part
     python tests/experiments.py noise       what wrong labels do to the reward model and to PPO
@@ -26,41 +25,38 @@ NOISY = ("reward.py collect --init {at}/sft --prompts {at}/data/prompts.jsonl --
          " --noise 0.%d;reward.py --init {at}/sft --data {out}.jsonl --out {out}-reward;"
          # what it learned, judged by the labels that are right: a step of length 0
          "reward.py --init {out}-reward --data {at}/comparisons.jsonl --steps 1 --lr 0"
-         " --out {out}-judge;" + PPO.replace("{at}/reward", "{out}-reward"))
+         " --out {out}-judge;" + PPO.replace("{at}/reward", "{out}-reward") + " --steps 24")
+SHORT = PPO + " --steps 24"  # half of the default: by then score and refusals have settled
+PASSES = SHORT + " --ppo-epochs 4 --minibatches 4"
 EXPERIMENTS = {  # name: {variant: its commands; the last one makes the model that is measured}
     "switches": {
-        "as it is": PPO,
-        "no price of KL": PPO + " --kl-coef 0",
-        "price adapted to 0.3 nats": PPO + " --kl-target 0.3",
-        "price by k3": PPO + " --kl-estimator k3",
-        "advantages not whitened": PPO + " --no-whiten",
-        "scores not normalized": PPO + " --no-normalize",
-        "no value clip": PPO + " --cliprange-value 1e9",
-        "critic from SFT": PPO + " --critic sft",
-        "entropy bonus 0.01": PPO + " --entropy-coef 0.01",
-        "4 replies a prompt": PPO + " --replies 4",
-        "with text (PPO-ptx)": PPO + " --ptx-coef 0.3 --ptx-data {at}/data/corpus.jsonl",
-        "the return on each token": PPO + " --advantage reinforce",
-        "the same, not whitened": PPO + " --advantage reinforce --no-whiten",
+        "as it is": SHORT,
+        "no price of KL": SHORT + " --kl-coef 0",
+        "price adapted to 0.3 nats": SHORT + " --kl-target 0.3",
+        "price by k3": SHORT + " --kl-estimator k3",
+        "advantages not whitened": SHORT + " --no-whiten",
+        "scores not normalized": SHORT + " --no-normalize",
+        "no value clip": SHORT + " --cliprange-value 1e9",
+        "critic from SFT": SHORT + " --critic sft",
+        "entropy bonus 0.01": SHORT + " --entropy-coef 0.01",
+        "4 replies a prompt": SHORT + " --replies 4",
+        "with text (PPO-ptx)": SHORT + " --ptx-coef 0.3 --ptx-data {at}/data/corpus.jsonl",
+        "the return on each token": SHORT + " --advantage reinforce",
+        "the same, not whitened": SHORT + " --advantage reinforce --no-whiten",
+        "4 passes of 4 minibatches": PASSES,
+        "4 passes, no clip": PASSES + " --cliprange 1e9",
+        "4 passes, no clip, stop at KL 0.005": PASSES + " --cliprange 1e9 --stop-kl 0.005",
     },
-    "clip": {
-        "1 pass": PPO + " --steps 24",
-        "4 passes": PPO + " --steps 24 --ppo-epochs 4 --minibatches 4",
-        "4 passes, no clip": PPO + " --steps 24 --ppo-epochs 4 --minibatches 4 --cliprange 1e9",
-        "4 passes, stop at KL 0.005": PPO + " --steps 24 --ppo-epochs 4 --minibatches 4"
-                                            " --cliprange 1e9 --stop-kl 0.005",
-    },
-    "frontier": {  # 24 iterations take as long as both rounds' training and replies of DPO
-        **{f"PPO {price}": PPO + f" --steps 24 --kl-coef {price}"
-           for price in (0.02, 0.1, 0.3, 1.0)},
-        **{f"DPO {beta}": DPO + f" --beta {beta}" for beta in (0.05, 0.2, 0.8, 2.0)},
+    "frontier": {  # 24 iterations take as long as a round of DPO and the replies it needs
+        **{f"PPO, price {x}": SHORT + f" --kl-coef {x}" for x in (0.02, 0.2, 1.0)},
+        **{f"DPO, β {x}": DPO + f" --beta {x}" for x in (0.05, 0.3, 2.0)},
     },
     "hacking": {
-        "a price of 0.05": PPO + " --steps 96 --lr 3e-4",
-        "no price": PPO + " --steps 96 --lr 3e-4 --kl-coef 0",
+        "price 0.05": PPO + " --steps 72 --lr 3e-4",
+        "no price": PPO + " --steps 72 --lr 3e-4 --kl-coef 0",
     },
     "noise": {
-        "no wrong labels": PPO,
+        "no wrong labels": SHORT,
         "10 % wrong": NOISY % 1,
         "30 % wrong": NOISY % 3,
     },

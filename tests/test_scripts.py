@@ -188,15 +188,15 @@ def test_the_tables_of_two_seeds_become_one_and_a_figure(road, tmp_path):
 def test_an_experiment_runs_its_variant_and_tells_what_the_table_says(road, tmp_path):
     out, _ = road
     (tmp_path / "seed-0").symlink_to(out)
-    words = ["tests/experiments.py frontier --root", str(tmp_path), "--seeds 0 --only 0.3"]
+    words = ["tests/experiments.py frontier --root", str(tmp_path), "--seeds 0 --only 0.2"]
     flags = "--flags='--steps 2 --batch-size 8 --max-new-tokens 12'"
     said = run(*words, flags, processes=1)
-    [row] = [line for line in said.splitlines() if line.startswith("| PPO 0.3 |")]
-    config = json.loads((out / "frontier/PPO-0.3/run.json").read_text())["config"]
-    assert (config["kl_coef"], config["steps"], config["init"]) == (0.3, 2, f"{out}/sft")
+    [row] = [line for line in said.splitlines() if line.startswith("| PPO, price 0.2 |")]
+    config = json.loads((out / "frontier/PPO--price-0.2/run.json").read_text())["config"]
+    assert (config["kl_coef"], config["steps"], config["init"]) == (0.2, 2, f"{out}/sft")
     [column] = json.loads((out / "frontier/table.json").read_text()).values()
     gold = column["gold score, T=1"]["mean"]
-    assert row.startswith(f"| PPO 0.3 | {gold:.2f} ({gold:.2f} to {gold:.2f}) |")
+    assert row.startswith(f"| PPO, price 0.2 | {gold:.2f} ({gold:.2f} to {gold:.2f}) |")
     lines = ElementTree.parse(tmp_path / "frontier.svg").findall(".//{*}polyline")
     assert len(lines) == 1, "one algorithm, one seed"
 
