@@ -16,6 +16,7 @@ from itertools import combinations
 from pathlib import Path
 
 import pytest
+import torch.distributed as dist
 
 import reward
 from data import gold_score, read_json
@@ -23,9 +24,11 @@ from test_data import ASSISTANT, DOC, END
 from test_wiring_ground import bigram
 from tiny import write_jsonl
 
-LETTERS = dict(zip(map(ord, "abcdef"), [0.12] * 6)) | {END: 0.24, DOC: 0.04}
+LETTERS = dict.fromkeys(map(ord, "abcdef"), 1 / 6)
+FOLLOW = dict.fromkeys(LETTERS, 0.1) | {END: 0.36, DOC: 0.04}
 HEATS = ",".join("1" * 10)
-FLAGS = f"label --init sft --prompts prompts.jsonl --out mine.jsonl --temperatures {HEATS} --max-new-tokens 3"
+FLAGS = (f"label --init sft --prompts prompts.jsonl --out mine.jsonl --temperatures {HEATS} --max-new-tokens 3 "
+         "--dtype fp64 --threads 1")
 
 
 def prompts(count=20):
@@ -44,7 +47,7 @@ def person(monkeypatch, tmp_path):
     """person(words, *answers) types the answers, then Ctrl-D; one may be a function of the numbered replies or an
     exception. Returns the screens: (what was said, question, replies), the last one without question."""
     monkeypatch.chdir(tmp_path)
-    bigram(tmp_path / "sft", dict.fromkeys([ASSISTANT, *LETTERS], LETTERS))
+    bigram(tmp_path / "sft", {ASSISTANT: LETTERS, **dict.fromkeys(LETTERS, FOLLOW)})
     write_jsonl(tmp_path / "prompts.jsonl", prompts())
 
     def run(words, *answers):
@@ -114,7 +117,7 @@ def test_the_file_holds_what_was_typed_of_the_replies_as_they_were_shown(person)
 
 
 def test_a_wrong_entry_is_refused_in_a_line_and_the_same_is_asked_again(person):
-    wrong = ["", "0", "7", "x", "2>", "1>1", "1=2>1", "-1", "1 2", "s2", "1.0"]
+    wrong = ["", "0", "11", "x", "2>", "1>1", "1=2>1", "-1", "1 2", "s2", "1.0"]
     screens = person(FLAGS, *wrong, "1")
     assert [asked for _, asked, _ in screens[:13]] == [["q0"]] * 12 + [["q1"]]
     assert all(replies == screens[0][2] for _, _, replies in screens[:12])
@@ -192,7 +195,7 @@ def test_a_file_that_stands_there_loses_nothing(person):
 
 
 def test_a_killed_session_over_a_pipe_has_lost_no_label(person):
-    command = [sys.executable, reward.__file__, *FLAGS.split(), "--threads", "1"]
+    command = [sys.executable, reward.__file__, *FLAGS.split()]
     job = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=os.environ)
     try:
         for number in range(3):
@@ -217,6 +220,7 @@ def refused(rank, folder):
     cfg = reward.LabelConfig(init=f"{folder}/sft", prompts=f"{folder}/prompts.jsonl", out=f"{folder}/x", threads=1)
     with pytest.raises(SystemExit) as error:
         reward.label(cfg)
+    dist.barrier()  # neither leaves while the other still joins
     return str(error.value)
 
 
@@ -225,9 +229,9 @@ def test_two_processes_are_refused_by_name(ranks, person, tmp_path):
 
 
 def test_reward_and_dpo_train_on_the_labels_beside_other_files(person, tmp_path):
-    person(FLAGS, *["s", "1", "2>1", "1=2"] * 2, lambda replies: "=".join(str(n + 1) for n in range(len(replies))))
+    person(FLAGS, *["s", "1", "2>1", "2"] * 2, lambda replies: "=".join(str(n + 1) for n in range(len(replies))))
     write_jsonl(tmp_path / "other.jsonl", [{"prompt": "z", "chosen": "a", "rejected": "b"}])
-    flags = "--init sft --data mine.jsonl,other.jsonl --steps 1 --val-fraction 0 --batch-size 9 --threads 1 --device cpu"
+    flags = "--init sft --data mine.jsonl,other.jsonl --steps 1 --val-fraction 0 --batch-size 9 --threads 1"
     train = {}
     for script in ("reward", "dpo"):
         with redirect_stdout(io.StringIO()) as printed, pytest.MonkeyPatch.context() as patch:
@@ -307,7 +311,7 @@ def collected(rank, cfg):
 
 
 def test_noise_turns_all_pairs_of_a_share_of_the_prompts_whatever_the_processes(ranks, person, tmp_path):
-    refusal = list("不能回答。".encode())  # other replies are "a", "b" and "cdef": of a look-alike's all are three levels
+    refusal = list("不能回答。".encode())  # the others are "a", "b", "cdef": three levels of a look-alike
     chains = [[*refusal, END], [ord("a"), END], [ord("b"), END], [*b"cdef", END]]
     follows = {a: {b: 1.0} for chain in chains for a, b in zip(chain, chain[1:])}
     bigram(tmp_path / "sft", follows | {ASSISTANT: {chain[0]: 0.25 for chain in chains}})
