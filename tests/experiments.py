@@ -1,8 +1,9 @@
-"""Experiments on what `make seeds` left in out/seed-0, out/seed-1, …: ordinary flags, one change each.
+"""Experiments on what `make seeds` left in out/seed-0, out/seed-1, …: ordinary flags, one changed.
 
     python tests/experiments.py switches    PPO, each of its details changed, and its clip at work
-    python tests/experiments.py frontier    gold score over KL, PPO and DPO at several prices → svg
+    python tests/experiments.py frontier    gold score over KL: PPO and DPO at several prices → svg
     python tests/experiments.py hacking     no price of KL, more iterations: score and gold part
+    python tests/experiments.py again       PPO and DPO with other seeds
     python tests/experiments.py noise       what wrong labels do to the reward model and to PPO
 
 Prints a table: of each measure the mean over --seeds and, in brackets, the least and the greatest.
@@ -27,6 +28,11 @@ NOISY = ("reward.py collect --init {at}/sft --prompts {at}/data/prompts.jsonl --
          "reward.py --init {out}-reward --data {at}/comparisons.jsonl --steps 1 --lr 0"
          " --out {out}-judge;" + PPO.replace("{at}/reward", "{out}-reward") + " --steps 24")
 SHORT = PPO + " --steps 24"  # half of the default: by then score and refusals have settled
+TWICE = ";".join([
+    DPO.replace("{out}", "{out}-1") + " --seed 1{seed}",
+    "reward.py collect --init {out}-1 --prompts {at}/data/prompts.jsonl --out {out}.jsonl"
+    " --temperatures 1,1,1,1 --seed 1{seed}",
+    "dpo.py --init {out}-1 --reference {at}/sft --data {out}.jsonl --out {out} --seed 1{seed}"])
 PASSES = SHORT + " --ppo-epochs 4 --minibatches 4"
 EXPERIMENTS = {  # name: {variant: its commands; the last one makes the model that is measured}
     "switches": {
@@ -55,6 +61,10 @@ EXPERIMENTS = {  # name: {variant: its commands; the last one makes the model th
         "price 0.05": PPO + " --steps 72 --lr 3e-4",
         "no price": PPO + " --steps 72 --lr 3e-4 --kl-coef 0",
     },
+    "again": {  # other seeds of alignment, from the same SFT models
+        **{f"PPO, seed {x}N": PPO + f" --seed {x}{{seed}}" for x in (1, 2)},
+        **{f"DPO, seed {x}N": TWICE.replace("1{", f"{x}{{") for x in (1, 2)},
+    },
     "noise": {
         "no wrong labels": SHORT,
         "10 % wrong": NOISY % 1,
@@ -80,22 +90,26 @@ def run(line, flags=""):
     subprocess.run([sys.executable, *line.split(), *flags.split()], cwd=HERE, check=True)
 
 
-def measured(at, folder, variants, seed, flags) -> dict:
-    """{variant: measures} of one seed, whose `make` left its folders at `at`."""
+def measured(at, folder, variants, seed, flags, table) -> dict:
+    """{variant: measures} of one seed, whose `make` left its folders at `at`. flags, table: further
+    flags of the training commands and of `reward.py table`."""
     models = [str(folder / slug(variant)) for variant in variants]
     for model, line in zip(models, variants.values()):
         if not Path(model, "eval.json").exists():
-            for command in line.format(at=at, out=model).split(";"):
-                run(f"{command} --seed {seed}", "" if " collect " in command else flags)
+            for command in line.format(at=at, out=model, seed=seed).split(";"):
+                own = "" if "--seed" in command else f" --seed {seed}"
+                run(command + own, "" if " collect " in command else flags)
     path = folder / "table.json"
     run(f"reward.py table --models {','.join(models)} --data {at}/data/eval.jsonl --text none "
         f"--prompts {at}/data/prompts.jsonl --reward {at}/reward --reference {at}/sft --out {path} "
-        "--limit 60 --samples 2")
+        f"--seed {seed} {table}")
     table = json.loads(path.read_text(encoding="utf-8"))
     found = {}
     for variant, model in zip(variants, models):
         column = table[model]
-        found[variant] = {name: factor * column[row]["mean"] for name, (row, factor) in ROWS.items()}
+        found[variant] = {}
+        for name, (row, factor) in ROWS.items():
+            found[variant][name] = factor * column[row]["mean"]
         logged = [json.loads(text) for text in open(f"{model}/metrics.jsonl", encoding="utf-8")]
         if "clipfrac" in logged[0]:
             mean = sum(record["clipfrac"] for record in logged) / len(logged)
@@ -141,7 +155,8 @@ def frontier(seeds, path):
             points = [(x["KL"], x["gold"]) for name, x in found.items() if name[:3] == algorithm]
             if points:
                 lines[f"seed {seed}"] = sorted(points)
-        panels.append({"title": f"{algorithm}: gold score", "lines": lines, "unit": "over KL, nats"})
+        title = f"{algorithm}: gold score"
+        panels.append({"title": title, "lines": lines, "unit": "over KL, nats"})
     plot(panels, path)
 
 
@@ -153,6 +168,7 @@ def main():
     parser.add_argument("--seeds", default="0,1,2", help="comma-separated")
     parser.add_argument("--only", default="", help="variants whose name contains this")
     parser.add_argument("--flags", default="", help="further flags of every training command")
+    parser.add_argument("--table", default="--limit 60 --samples 2", help="reward.py table's")
     args = parser.parse_args()
     variants = {name: line for name, line in EXPERIMENTS[args.name].items() if args.only in name}
     seeds = []
@@ -161,7 +177,7 @@ def main():
         if not (at / "table.json").exists():
             raise SystemExit(f"{at}: run make seeds first (SEEDS={seed!r} for this one)")
         folder = at / args.name
-        seeds.append(measured(at, folder, variants, seed, args.flags))
+        seeds.append(measured(at, folder, variants, seed, args.flags, args.table))
     show(seeds)
     if args.name == "frontier":
         frontier(seeds, Path(args.root, "frontier.svg"))
