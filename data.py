@@ -2289,7 +2289,11 @@ def write_world(args) -> list[str]:
     for name in ("sft", "prompts", "eval"):
         write_jsonl(out / f"{name}.jsonl", world[name])
         print(f"{out}/{name}.jsonl: {len(world[name]):,} records")
-    return documents + [m["content"] for record in world["sft"] for m in record["messages"]]
+    # Each Han character is to be one token, as where a tokenizer has seen more text. In bytes a rare
+    # one is half of another: 抱歉 (sorry) was read as 歧视 (discriminate), and refused.
+    characters = sorted(set(regex.findall(r"\p{Han}", "".join(world_text().values()))))
+    said = [m["content"] for record in world["sft"] for m in record["messages"]]
+    return documents + said + ["\n".join(characters * 1000)]
 
 
 def print_stats(paths, tokenizer):
