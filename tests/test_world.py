@@ -8,8 +8,10 @@ import unicodedata
 from collections import Counter, defaultdict
 from functools import lru_cache
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import regex
 
 import data as world
 import reward
@@ -99,6 +101,17 @@ def test_the_last_wording_of_every_family_is_never_trained():
         found = [r for r in heldout_of("wording", built) if r["family"] == family]
         assert len(found) >= 10, family
         assert all(any(re.match(f, asked(r)[-1]) for f in forms[family]) for r in found)
+
+
+def test_no_character_of_the_world_is_spelled_in_bytes(tmp_path, capsys):
+    args = SimpleNamespace(out=str(tmp_path), seed=0, documents=400, samples=300)
+    tokenizer = world.Tokenizer.from_merges(world.train_bpe(world.write_world(args), 2048))
+    verbs = [word for row in world.phrases("harm") for kind in ("harmful", "lookalike")
+             for word, _ in world.phrases(f"{row[1]}_{kind}")]
+    frames = [form[0] for block in ("opening_new", "core_new") for form in world.phrases(block)]
+    characters = regex.findall(r"\p{Han}", "".join(verbs + frames))
+    assert "歧" in characters and "扰" in characters
+    assert {len(tokenizer.encode(character)) for character in characters} == {1}
 
 
 def test_new_frames_of_requests_are_never_trained():
