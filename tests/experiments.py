@@ -100,9 +100,11 @@ def measured(at, folder, variants, seed, flags, table) -> dict:
                 own = "" if "--seed" in command else f" --seed {seed}"
                 run(command + own, "" if " collect " in command else flags)
     path = folder / "table.json"
-    run(f"reward.py table --models {','.join(models)} --data {at}/data/eval.jsonl --text none "
-        f"--prompts {at}/data/prompts.jsonl --reward {at}/reward --reference {at}/sft --out {path} "
-        f"--seed {seed} {table}")
+    known = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    if set(models) - set(known):
+        run(f"reward.py table --models {','.join(models)} --data {at}/data/eval.jsonl --text none "
+            f"--prompts {at}/data/prompts.jsonl --reward {at}/reward --reference {at}/sft "
+            f"--out {path} --seed {seed} {table}")
     table = json.loads(path.read_text(encoding="utf-8"))
     found = {}
     for variant, model in zip(variants, models):
