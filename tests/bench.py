@@ -169,8 +169,8 @@ def ppo_phases(c, dtype):
 
     def respond():
         rollouts[:] = ppo.respond(policy, queries, range(32), TOKENIZER, cfg)
-    return (respond, lambda: ppo.experience(policy, value, *frozen, rollouts, (0.0, 1.0), TOKENIZER, cfg, "cpu"),
-            lambda: ppo.update(policy, value, rollouts, 0, TOKENIZER, cfg, "cpu", 0.1))
+    return (respond, lambda: ppo.experience(policy, value, *frozen, rollouts, 0.05, (0.0, 1.0), TOKENIZER, cfg, "cpu"),
+            lambda: ppo.update(policy, value, rollouts, None, 0, TOKENIZER, cfg, "cpu", 0.1))
 
 
 def medians(functions, rounds):
