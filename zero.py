@@ -1155,7 +1155,7 @@ def ticks(low, high, count=5) -> list[float]:
     return [float(f"{step * i:.9g}") for i in range(first, last + 1)]
 
 
-def draw(title, lines, unit="") -> list[str]:
+def draw(title, lines, unit="", across="step") -> list[str]:
     """SVG elements of a panel 360 wide and 240 high; lines: {name: [(x, y), …]}."""
     points = sum(lines.values(), []) or [(0, 0)]
     xs, ys = zip(*points)
@@ -1175,7 +1175,7 @@ def draw(title, lines, unit="") -> list[str]:
 
     text(left, 14, "start", title)
     text(336, 14, "end", unit)
-    text(336, 236, "end", "step")
+    text(336, 236, "end", across)
     for tick in y_ticks:
         drawn.append(f'<path class="grid" d="M{left} {py(tick)}H336"/>')
         text(left - 6, py(tick) + 4, "end", f"{tick:g}")

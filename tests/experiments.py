@@ -149,16 +149,16 @@ def show(seeds):
 
 
 def frontier(seeds, path):
-    """Draws gold score over KL, a point for each seed and price, in the order of the prices."""
+    """Draws gold score over KL, a panel for each seed: PPO's prices, and DPO's as a thinner line."""
     panels = []
-    for algorithm in ("PPO", "DPO"):
+    for number, found in enumerate(seeds):
         lines = {}
-        for seed, found in enumerate(seeds):
-            points = [(x["KL"], x["gold"]) for name, x in found.items() if name[:3] == algorithm]
+        for algorithm, name in (("PPO", "PPO"), ("DPO", "")):
+            points = [(x["KL"], x["gold"]) for key, x in found.items() if key[:3] == algorithm]
             if points:
-                lines[f"seed {seed}"] = sorted(points)
-        title = f"{algorithm}: gold score"
-        panels.append({"title": title, "lines": lines, "unit": "over KL, nats"})
+                lines[name] = sorted(points)
+        title = f"gold score, PPO and DPO (thin), {number + 1} of {len(seeds)}"
+        panels.append({"title": title, "lines": lines, "across": "KL to SFT, nats a reply"})
     plot(panels, path)
 
 
