@@ -407,6 +407,8 @@ def test_every_switch_does_what_it_says(plain, alone, ranks, name):
     if name == "added":
         assert set(expected.passes) == {2, 3}, "of three passes one is left out at times"
     compare(run(0, plain.root, name, SWITCHED[name]), expected)
+    (plain.root / f"{name}-2").mkdir()  # no LOCAL_RANK here: both ranks would build the text's file
+    Tokens(f"{plain.root}/{name}-2/ptx.bin", f"{plain.root}/text.txt", TOK).build()
     for found in ranks(2, run, plain.root, f"{name}-2", SWITCHED[name] | dict(zero=3)):
         compare(found, expected)
 
