@@ -304,7 +304,7 @@ def update(policy, value, rollouts, text, step, tokenizer, cfg, device, rate) ->
     farthest = []  # from 1 that a ratio was, in each micro-batch before the first step
     text_losses = []
     for epoch in range(cfg.ppo_epochs):
-        before = sums["approx_kl"], tokens
+        kl_before, tokens_before = sums["approx_kl"], tokens
         order = np.random.default_rng([cfg.seed, step, epoch]).permutation(len(rollouts))
         for k, chosen in enumerate(np.array_split(order, min(cfg.minibatches, len(order)))):
             batch = [rollouts[i] for i in chosen]
@@ -322,8 +322,8 @@ def update(policy, value, rollouts, text, step, tokenizer, cfg, device, rate) ->
             value.step(cfg.value_lr * rate)
             tokens += count
         if cfg.stop_kl:
-            [kl] = all_sum(sums["approx_kl"] - before[0], device=device)
-            if kl / (tokens - before[1]) > cfg.stop_kl:
+            [kl] = all_sum(sums["approx_kl"] - kl_before, device=device)
+            if kl / (tokens - tokens_before) > cfg.stop_kl:
                 break
     totals = all_sum(*sums.values(), device=device)
     means = {name: total / tokens for name, total in zip(METRICS, totals)}
@@ -453,7 +453,8 @@ def train(models, asked, run, norm, tokenizer, cfg, device) -> str:
     policy, value = models["policy"], models["value"]
     text = open_text(cfg, tokenizer, policy.model.config.max_position_embeddings)
     first = run.resume(policy=policy, value=value)
-    kl_coef = run.last_metrics().get("kl_coef", cfg.kl_coef)
+    known = run.last_metrics() if cfg.kl_target else {}
+    kl_coef = known.get("kl_coef", cfg.kl_coef)
     most_ended = 0.0
     good = []  # this rank's part of the policy before the last update
     for step in range(first, cfg.steps):
@@ -471,7 +472,8 @@ def train(models, asked, run, norm, tokenizer, cfg, device) -> str:
             policy.publish()
             return f"iteration {step}: {why}"
         most_ended = max(most_ended, metrics["ended"])
-        good = [unit.master.clone() for unit in policy.trained if cfg.max_kl]
+        if cfg.max_kl:
+            good = [unit.master.clone() for unit in policy.trained]
         # 2. learning
         rate = lr_at(step, cfg.steps, 1.0, cfg.warmup, cfg.min_lr)
         losses = update(policy, value, rollouts, text, step, tokenizer, cfg, device, rate)

@@ -125,9 +125,11 @@ def misplaced(records) -> list[list[int]]:
     prompts = [(r.get("kind"), r.get("family")) for r in records]
     others = {}  # of each kind and family
     for kind, family in set(prompts):
-        others[kind, family] = [
-            i for i, (k, f) in enumerate(prompts)
-            if (k in MORAL) == (kind in MORAL) and (k != kind if k in MORAL else f != family)]
+        if kind in MORAL:
+            found = [i for i, (k, _) in enumerate(prompts) if k in MORAL and k != kind]
+        else:
+            found = [i for i, (k, f) in enumerate(prompts) if k not in MORAL and f != family]
+        others[kind, family] = found
     return [others[prompt] for prompt in prompts]
 
 
@@ -145,7 +147,8 @@ def label(cfg):
     new = unjudged(cfg, shown)
     at = len(shown)
     while True:
-        shown += islice(new, at == len(shown))
+        if at == len(shown):
+            shown += islice(new, 1)
         record = shown[at] if at < len(shown) else {"messages": [], "replies": []}
         count = len(record["replies"])
         said = [f"{message['role']}: {message['content']}" for message in record["messages"]]
@@ -201,14 +204,23 @@ def ranks(answer, count) -> list[int]:
     return scores
 
 
+def outcomes(path) -> dict:
+    """{(conversation, reply, reply): 1 first better, -1 second better, 0 tie} of all pairs of a
+    labelled file, each in the order of the texts, so that a file's own order does not matter."""
+    found = {}
+    for row in read_comparisons(path):
+        if not row.get("skipped"):
+            labelled = sorted(zip(row["replies"], row["scores"]))
+            for (a, x), (b, y) in combinations(labelled, 2):
+                found[repr(row["messages"]), a, b] = np.sign(x - y)
+    return found
+
+
 def agree(*files):
     """Prints Cohen's κ = (p - e) / (1 - e) of two files (1960). Of the pairs of replies that both
     judged, p is the share with one outcome in both (first better, second better, tie); e is what
     chance makes of it, Σ over outcomes of the shares in both, multiplied. Undefined if e is 1."""
-    sides = [{(repr(row["messages"]), a, b): np.sign(x - y)
-              for row in read_comparisons(path) if not row.get("skipped")  # a, b: in order of text
-              for (a, x), (b, y) in combinations(sorted(zip(row["replies"], row["scores"])), 2)}
-             for path in files]
+    sides = [outcomes(path) for path in files]
     for path, pairs in zip(files, sides):
         print(f"{path}: {len(pairs)} pairs, {[*pairs.values()].count(0)} of them ties")
     common = sides[0].keys() & sides[1].keys()
@@ -216,7 +228,7 @@ def agree(*files):
         raise SystemExit(f"{' and '.join(files)} have judged no two replies to a prompt both")
     a, b = np.array([[pairs[key] for key in common] for pairs in sides])
     p = np.mean(a == b)
-    e = np.mean([np.mean(a == outcome) for outcome in b])
+    e = sum(np.mean(a == outcome) * np.mean(b == outcome) for outcome in (-1, 0, 1))
     kappa = f"{(p - e) / (1 - e):.3f}" if e < 1 else "undefined: both know one outcome"
     print(f"{len(common)} common pairs, {p:.1%} judged alike, Cohen's κ {kappa}")
 

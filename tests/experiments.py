@@ -28,12 +28,19 @@ NOISY = ("reward.py collect --init {at}/sft --prompts {at}/data/prompts.jsonl --
          "reward.py --init {out}-reward --data {at}/comparisons.jsonl --steps 1 --lr 0"
          " --out {out}-judge;" + PPO.replace("{at}/reward", "{out}-reward") + " --steps 12")
 SHORT = PPO + " --steps 12"  # a quarter of the default: the score has risen by then
-TWICE = ";".join([
-    DPO.replace("{out}", "{out}-1") + " --seed 1{seed}",
-    "reward.py collect --init {out}-1 --prompts {at}/data/prompts.jsonl --out {out}.jsonl"
-    " --temperatures 1,1,1,1 --seed 1{seed}",
-    "dpo.py --init {out}-1 --reference {at}/sft --data {out}.jsonl --out {out} --seed 1{seed}"])
 PASSES = SHORT + " --ppo-epochs 4 --minibatches 4"
+
+
+def rounds(seed) -> str:
+    """Both rounds of DPO, as the Makefile has them."""
+    return ";".join([
+        DPO.replace("{out}", "{out}-1") + f" --seed {seed}",
+        "reward.py collect --init {out}-1 --prompts {at}/data/prompts.jsonl --out {out}.jsonl"
+        f" --temperatures 1,1,1,1 --seed {seed}",
+        "dpo.py --init {out}-1 --reference {at}/sft --data {out}.jsonl --out {out}"
+        f" --seed {seed}"])
+
+
 EXPERIMENTS = {  # name: {variant: its commands; the last one makes the model that is measured}
     "switches": {
         "as it is": SHORT,
@@ -62,8 +69,10 @@ EXPERIMENTS = {  # name: {variant: its commands; the last one makes the model th
         "no price": PPO + " --steps 72 --lr 3e-4 --kl-coef 0",
     },
     "again": {  # other seeds of alignment, from the same SFT models
-        **{f"PPO, seed {x}N": PPO + f" --seed {x}{{seed}}" for x in (1, 2)},
-        **{f"DPO, seed {x}N": TWICE.replace("1{", f"{x}{{") for x in (1, 2)},
+        "PPO, seed 1N": PPO + " --seed 1{seed}",  # 10, 11, 12 from the SFT models 0, 1, 2
+        "PPO, seed 2N": PPO + " --seed 2{seed}",
+        "DPO, seed 1N": rounds("1{seed}"),
+        "DPO, seed 2N": rounds("2{seed}"),
     },
     "noise": {
         "no wrong labels": SHORT,

@@ -1,6 +1,7 @@
 """Processes that wait for functions to run as ranks of a process group (see conftest.py)."""
 
 import datetime
+import os
 import time
 import traceback
 
@@ -49,6 +50,7 @@ def serve(pipe):
     torch.set_num_threads(1)
     while True:
         store, world, rank, function, arguments = pipe.recv()
+        os.environ["LOCAL_RANK"] = str(rank)  # as torchrun sets it: rank 0 builds the files of all
         timeout = datetime.timedelta(seconds=60)
         dist.init_process_group("gloo", store=dist.FileStore(store, world), rank=rank,
                                 world_size=world, timeout=timeout)

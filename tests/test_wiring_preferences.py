@@ -12,7 +12,6 @@ import io
 import itertools
 import json
 import math
-import os
 from collections import Counter, defaultdict, namedtuple
 from contextlib import chdir, redirect_stdout
 from dataclasses import replace
@@ -83,8 +82,7 @@ def drive(rank, folder, command, cfg, script):
         return plain_step(optimizer, lr)
 
     with (chdir(folder), redirect_stdout(printed), mock.patch.object(zero.AdamW, "step", step),
-          mock.patch.object(reward, "generate", generate if script else reward.generate),
-          mock.patch.dict(os.environ, LOCAL_RANK=str(rank))):  # rank 0 builds the files of all
+          mock.patch.object(reward, "generate", generate if script else reward.generate)):
         return command(cfg), printed.getvalue(), calls
 
 
