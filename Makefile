@@ -1,6 +1,7 @@
 # make        the whole road on the default world: data → base → sft → comparisons → reward → ppo, dpo → table
 # make seeds  the same once per seed of SEEDS="0 1 2", in $(OUT)/seed-N, and one table of means and their spread
 # make test   the tests;  make test-all  the slow ones too;  make bench  speed;  make clean  removes $(OUT)
+# make labs   the list of labs;  make lab N=7  empties a function in a copy, labs/7;  make check N=7  is it right?
 #
 # NPROC=2 ZERO=3 OUT=out2 SEED=1    processes, ZeRO stage, output folder, seed of everything
 # PIP="..."                         further arguments of pip install, such as another index for torch
@@ -20,7 +21,7 @@ LAUNCH := OMP_NUM_THREADS=1 $(BIN)/torchrun --standalone --nproc-per-node $(NPRO
 endif
 FLAGS := --zero $(ZERO) --seed $(SEED)
 .DELETE_ON_ERROR:
-.PHONY: all data base sft collect reward ppo dpo seeds test test-all bench clean
+.PHONY: all data base sft collect reward ppo dpo seeds test test-all bench labs lab check clean
 
 all: $(OUT)/table.json
 data: $(OUT)/data/tokenizer.json
@@ -83,6 +84,15 @@ test-all: .venv/ready
 
 bench: .venv/ready
 	$(BIN)/python tests/bench.py
+
+labs: .venv/ready
+	$(BIN)/python tests/labs.py
+
+lab: .venv/ready
+	$(BIN)/python tests/labs.py start $(N)
+
+check: .venv/ready
+	$(BIN)/python tests/labs.py check $(N)
 
 clean:
 	rm -rf $(OUT)

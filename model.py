@@ -282,12 +282,16 @@ class Decoder(nn.Module):
         x = self.embed_tokens(input_ids)  # (B, T, C)
         cos, sin, mask = self.positions(x, cache)
         for i, layer in enumerate(self.layers):
-            if self.activation_checkpointing and torch.is_grad_enabled():
-                # use_reentrant=True (D4 2.4.2) loses all gradients where x needs none (LoRA)
-                x = checkpoint(layer, x, cos, sin, mask, use_reentrant=False)
-            else:
-                x = layer(x, cos, sin, mask, i, cache)
+            x = self.run(layer, x, cos, sin, mask, i, cache)
         return self.norm(x)[:, len(front) :]
+
+    def run(self, layer, *inputs):
+        """A block's output. With activation checkpointing only its inputs are kept for backward,
+        which computes the block once more (Chen et al. 2016)."""
+        if self.activation_checkpointing and torch.is_grad_enabled():
+            # use_reentrant=True (D4 2.4.2) loses all gradients where x needs none (LoRA)
+            return checkpoint(layer, *inputs, use_reentrant=False)
+        return layer(*inputs)
 
     def positions(self, x, cache):
         """cos, sin and mask: all that tells a layer where the tokens of x (B, T, C) stand."""
@@ -483,6 +487,7 @@ class LoRA(Adopted):
         self.on = True
 
     def forward(self, x):
+        """x (..., in) → (..., out)."""
         y = self.base(x)
         if self.on:
             y = y + self.scale * self.lora_B(self.lora_A(x))
