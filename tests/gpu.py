@@ -101,28 +101,36 @@ def off():
         yield
 
 
+def on_gpu_only(name, called):
+    """The collective, which notes its name and refuses the CPU's tensors, as nccl does."""
+    plain = getattr(dist, name)
+
+    def call(*args, **kwargs):
+        if not all(is_marked(x) for x in args if isinstance(x, torch.Tensor)):
+            raise RuntimeError(f"{name}: nccl has no backend for tensors on cpu")
+        called.append(name)
+        return plain(*args, **kwargs)
+    return call
+
+
 @contextlib.contextmanager
 def believed():
-    """Yields the names of the process groups' backends that were asked for."""
-    asked = []
-    plain = dist.init_process_group
-
-    def init(backend, *args, **kwargs):
-        asked.append(backend)
-        return plain("gloo", *args, **kwargs)
-
+    """Yields the names of the collectives that are called."""
+    called = []
+    device = property(lambda x: CUDA if is_marked(x) else DEVICE.__get__(x))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(torch.Tensor, "device", property(lambda x: CUDA if is_marked(x) else DEVICE.__get__(x)), raising=False)
+        patch.setattr(torch.Tensor, "device", device, raising=False)
         patch.setattr(torch.Tensor, "is_cuda", property(is_marked), raising=False)
         patch.setattr(torch.cuda, "is_available", lambda: True)
-        patch.setattr(torch.cuda, "set_device", lambda device: asked.append(device))
+        patch.setattr(torch.cuda, "set_device", lambda device: None)
         patch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
         patch.setattr(torch.cuda, "max_memory_allocated", lambda device: 1_500_000_000)
         patch.setattr(torch.cuda, "reset_peak_memory_stats", lambda device: None)
-        patch.setattr(dist, "init_process_group", init)
+        for name in ("all_reduce", "broadcast", "all_to_all_single", "reduce_scatter_single", "all_gather_single"):
+            patch.setattr(dist, name, on_gpu_only(name, called))
         try:
             with Places(), Operations():
-                yield asked
+                yield called
         finally:
             MARKED.clear()
             PINNED.clear()
