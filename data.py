@@ -1651,6 +1651,14 @@ class Question:
     def say(self, block: str) -> str:
         return self.pick(block)[self.lang]
 
+    def fill(self, form, **words) -> str:
+        """A form (Chinese, English) with its words, drawn from the blocks of their names unless
+        given."""
+        text = self.either(*form)
+        for name in regex.findall(r"{(\w+)}", text):
+            words[name] = words.get(name) or self.say(name)
+        return text.format(**words)
+
     def digit(self) -> int:
         """No 0: then no sum occurs as a step of another."""
         return self.rng.randrange(1, 10)
@@ -1804,22 +1812,21 @@ def identity(q):
 def harm(q):
     """Harmful (有害) and harmless requests differ in the verb alone; categories of D4 5.2.2.
 
-    Frames and objects are shared, so a model that refuses by them over-refuses. Split "frame"
-    takes the last opening or the last core, which are never trained.
+    Frames and objects are shared, so a model that refuses by them over-refuses. Split "frame" has
+    an opening or a core that is never trained.
     """
     _, category, objects, *reasons = q.pick("harm")
     verb = q.pick(f"{category}_{q.family}")
     thing = q.pick(objects)
     x = q.either(verb[0] + thing[0], f"{verb[1]} {thing[1]}")
-    *openings, new_opening = phrases("opening")
-    *cores, new_core = phrases("core")
-    opening = q.rng.choice(openings)
-    core = q.rng.choice(cores)
+    opening = q.pick("opening")
+    core = q.pick("core")
     if q.split == "frame":
-        opening, core = q.rng.choice([(new_opening, core), (opening, new_core)])
-    prompt = q.either(*opening) + q.blank + q.either(*core)
+        new = [(q.pick("opening_new"), core), (opening, q.pick("core_new"))]
+        opening, core = q.rng.choice(new)
+    prompt = q.fill(opening) + q.blank + q.fill(core, x=x)
     reason = q.either(*reasons)
-    task = {"key": verb[0] + thing[0], "x": x, "prompt": capital(prompt.strip().format(x=x)),
+    task = {"key": verb[0] + thing[0], "x": x, "prompt": capital(prompt.strip()),
             "groups": dict(zip(("category", "about"), (category, *thing[2:]))),
             "kind": q.family, "r": reason, "answer": q.say("helpful").format(x=x)}
     if q.family == "harmful":  # half the annotators of the instructions complied: a coin a sample
@@ -1852,7 +1859,7 @@ FAMILIES = {  #             task       words        instructions  documents
     "reverse":        Family(lists,     "reverse",   6,            3),
     "pick":           Family(lists,     "pick",      5,            2),
     "count":          Family(lists,     "count",     3,            0),
-    "name":           Family(remember,  "name",      9,            5),
+    "name":           Family(remember,  "name",      16,           7),
     "identity":       Family(identity,  "identity",  1,            0),
     "harmful":        Family(harm,      "harmful",   8,            2),
     "lookalike":      Family(harm,      "lookalike", 14,           6),
@@ -2028,7 +2035,7 @@ def draw_prompts(world: World, count: int = 2000) -> list[dict]:
     others = [f for f, row in FAMILIES.items() if row.instructions > 1 and f not in MORAL]
     records = []
     for _ in range(count):
-        family = weighted(rng, {"harmful": 8, "lookalike": 3, rng.choice(others): 5})
+        family = weighted(rng, {"harmful": 9, "lookalike": 3, rng.choice(others): 4})
         record, _ = draw(world, rng, family, "train")
         records.append(record)
     return records
@@ -2039,7 +2046,7 @@ def draw_tests(world: World) -> list[dict]:
     counts = {  # split: {family: how many}
         "combination": dict.fromkeys(FAMILIES, 70) | dict.fromkeys(MORAL, 260),
         "wording": {family: 30 for family in FAMILIES if family not in MORAL},
-        "frame": dict.fromkeys(MORAL, 120),
+        "frame": dict.fromkeys(MORAL, 180),
         "person": {"fact": 250, "place": 120},
         "untold": {"fact": 100, "place": 40}}
     seen = set()
@@ -2282,7 +2289,11 @@ def write_world(args) -> list[str]:
     for name in ("sft", "prompts", "eval"):
         write_jsonl(out / f"{name}.jsonl", world[name])
         print(f"{out}/{name}.jsonl: {len(world[name]):,} records")
-    return documents + [m["content"] for record in world["sft"] for m in record["messages"]]
+    # Each Han character is to be one token, as where a tokenizer has seen more text: spelled in
+    # bytes, a rare one shares its halves with others.
+    characters = sorted(set(regex.findall(r"\p{Han}", "".join(world_text().values()))))
+    said = [m["content"] for record in world["sft"] for m in record["messages"]]
+    return documents + said + ["\n".join(characters * 1000)]
 
 
 def print_stats(paths, tokenizer):
@@ -2310,7 +2321,7 @@ def main():
     flag("--data", "--predictions", default="", help="file(s), comma-separated")
     flag("--references", default="", help="file of references, if --predictions has none (score)")
     flag("--tokenizer", default="out/data", help="folder of a tokenizer.json (show, stats)")
-    flag("--vocab-size", type=int, default=2048, help="of the tokenizer, special tokens included")
+    flag("--vocab-size", type=int, default=2400, help="of the tokenizer, special tokens included")
     flag("--documents", type=int, default=130_000, help="pretraining documents (world)")
     flag("--samples", type=int, default=56_000, help="instructions (world)")
     flag("--template", choices=list(TEXTS), help="default: the tokenizer's (show)")

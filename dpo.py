@@ -38,7 +38,7 @@ class Config(TuneConfig):
     beta: float = 0.2  # weight of staying near the reference; smaller moves further
     nll_coef: float = 5.0  # weight of the chosen reply's likelihood per token; 0 is the paper
     pairs: int = 1  # pairs taken from one prompt's ranked replies
-    misplaced: float = 0.2  # share of the prompts whose reply from another prompt makes a pair
+    misplaced: float = 0.3  # share of the prompts whose reply from another prompt makes a pair
     context: int = 256  # longest prompt + reply; the prompt loses its start first
     epochs: float = 2.0  # passes over the pairs
     batch_size: int = 16  # pairs per optimizer step over all processes

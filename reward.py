@@ -452,6 +452,7 @@ class TableConfig(BaseConfig):
     limit: int = 0  # prompts per family and split; 0: all
     samples: int = 4  # replies at temperature 1 to harmful and look-alike prompts
     max_new_tokens: int = 64
+    gate: str = ""  # of the last model: "ROW >= 95; ROW <= 3", else the command fails
 
 
 CORE = "(?!harmful|lookalike|cloze|.*_direct).*"  # any family but these: right answers are expected
@@ -491,7 +492,28 @@ def table(cfg):
     print0(markdown(columns), markdown(groups) if records else "", sep="\n\n")
     if dist.get_rank() == 0:
         write_text(cfg.out, json.dumps(columns, indent=2, ensure_ascii=False))
+    *_, last = columns.values()
+    demands = [demand.strip() for demand in cfg.gate.split(";") if demand.strip()]
+    missed = [demand for demand in demands if not met(demand, last)]
+    if missed:
+        raise SystemExit(f"the last of --models does not pass --gate: {'; '.join(missed)}")
     return columns
+
+
+def met(demand, column) -> bool:
+    """Whether a column does as "ROW >= number" or "<=" says, in the table's units: D4 5.1's
+    是否满足要求, behind which a model goes out or back into training."""
+    found = re.fullmatch(r"(.*?) *(>=|<=) *(-?[\d.]+)", demand)
+    if not found or "mean" not in column.get(found[1], {}):
+        raise SystemExit(f"--gate {demand!r}: not a row of the table, then >= or <= and a number")
+    row, sign, bound = found.groups()
+    value = column[row]["mean"] * scale_of(row)
+    return value >= float(bound) if sign == ">=" else value <= float(bound)
+
+
+def scale_of(row) -> int:
+    """Percent, but for rows that are no share."""
+    return 1 if row.startswith(NUMBERS) else 100
 
 
 def holds_model(folder) -> bool:
@@ -537,7 +559,8 @@ def shown(row, cell) -> str:
     """A cell as text: its mean and the longer half of its interval."""
     if not cell:
         return "–"
-    scale, digits = (1, 3) if row.startswith(NUMBERS) else (100, 1)
+    scale = scale_of(row)
+    digits = 3 if scale == 1 else 1
     text = f"{scale * cell['mean']:.{digits}f}"
     if "low" not in cell:
         return text

@@ -289,10 +289,12 @@ def test_the_world_command_writes_each_part_into_its_file(tmp_path, monkeypatch)
     for name in ("sft", "prompts", "eval"):
         assert rows_of(tmp_path / f"{name}.jsonl") == world[name], name
     chats = [message["content"] for row in world["sft"] for message in row["messages"]]
-    merges = d.train_bpe(corpus + chats, 300 - len(d.SPECIALS))  # of what pretraining and SFT read
+    han = "\n".join(sorted(set(re.findall("[一-鿿]", "".join(d.world_text().values())))) * 1000)
+    # of what pretraining and SFT read, and of each character often
+    merges = d.train_bpe([*corpus, *chats, han], 300 - len(d.SPECIALS))
     assert d.Tokenizer.load(tmp_path).hash == d.Tokenizer.from_merges(merges).hash
-    # half of the prompts ask for harm, and no question is of a "person"
-    assert 0.45 < sum(row["kind"] == "harmful" for row in world["prompts"]) / 2000 < 0.55
+    # nine of sixteen prompts ask for harm, and no question is of a "person"
+    assert 0.53 < sum(row["kind"] == "harmful" for row in world["prompts"]) / 2000 < 0.60
     trained = repr([row["messages"] for row in world["prompts"] if row["family"] != "name"])
     for row in world["eval"]:
         if (row["kind"], row["split"], row["lang"]) == ("cloze", "person", "en"):

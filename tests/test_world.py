@@ -8,8 +8,10 @@ import unicodedata
 from collections import Counter, defaultdict
 from functools import lru_cache
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import regex
 
 import data as world
 import reward
@@ -101,15 +103,28 @@ def test_the_last_wording_of_every_family_is_never_trained():
         assert all(any(re.match(f, asked(r)[-1]) for f in forms[family]) for r in found)
 
 
-def test_the_last_frames_of_requests_are_never_trained():
+def test_no_character_of_the_world_is_spelled_in_bytes(tmp_path, capsys):
+    args = SimpleNamespace(out=str(tmp_path), seed=0, documents=400, samples=300)
+    tokenizer = world.Tokenizer.from_merges(world.train_bpe(world.write_world(args), 2048))
+    verbs = [word for row in world.phrases("harm") for kind in ("harmful", "lookalike")
+             for word, _ in world.phrases(f"{row[1]}_{kind}")]
+    frames = [form[0] for block in ("opening_new", "core_new") for form in world.phrases(block)]
+    characters = regex.findall(r"\p{Han}", "".join(verbs + frames))
+    assert "歧" in characters and "扰" in characters
+    assert {len(tokenizer.encode(character)) for character in characters} == {1}
+
+
+def test_new_frames_of_requests_are_never_trained():
     built = small()
-    last = [rows[-1][lang].split("{x}")[-1] for rows in (world.phrases("core"),) for lang in (0, 1)]
-    last += [rows[-1][lang] for rows in (world.phrases("opening"),) for lang in (0, 1)]
-    last[1] = "Where should one begin"
+    new = [max(form.split("{x}"), key=len).strip(" ?").lower()
+           for block in ("core_new", "opening_new") for row in world.phrases(block) for form in row]
+    assert "where should one begin to" in new and "excuse me," in new
     for record in built["sft"] + built["prompts"]:
         if record["family"] in ("harmful", "lookalike"):
-            assert not any(part.lower() in asked(record)[-1].lower() for part in last)
-    assert len(heldout_of("frame", built)) >= 200
+            assert not any(part in asked(record)[-1].lower() for part in new)
+    held = [asked(r)[-1].lower() for r in heldout_of("frame", built)]
+    assert len(held) >= 300 and all(any(part in text for part in new) for text in held)
+    assert all(any(part in text for text in held) for part in new)
 
 
 def test_the_documents_own_examples_are_in_no_training_set():
