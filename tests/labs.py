@@ -124,7 +124,8 @@ case(1, "with it the merges of 'aaabdaaabac' are aa, ab, aaab", [(97, 97), (97, 
 def turned(x, angle):
     """x (4,) turned by one angle: cos and sin as rope_table lays them out."""
     cos, sin = math.cos(angle), math.sin(angle)
-    return of("model").rotate(floats(*x).view(1, 1, 1, 4), floats(*[cos] * 4)[None], floats(-sin, -sin, sin, sin)[None]).flatten()
+    table = floats(cos, cos, cos, cos)[None], floats(-sin, -sin, sin, sin)[None]
+    return of("model").rotate(floats(*x).view(1, 1, 1, 4), *table).flatten()
 
 
 def product(i, j):
@@ -159,13 +160,15 @@ def attended(q, k, v, mask=None):
 NOT = -math.inf
 case(3, "a query like no key looks at all of them equally: the mean of the values", floats(2, 4),
      lambda: attended([[[0.0, 0]]], [[[1.0, 2], [3, 4], [5, 6]]], [[[1.0, 3], [2, 4], [3, 5]]]))
-case(3, "-inf in the mask hides a key: the first query sees the first value alone, the second both", floats(1, 2),
+case(3, "-inf in the mask hides a key: the first query sees the first value alone, the second both",
+     floats(1, 2),
      lambda: attended([[[0.0], [0]]], [[[1.0], [2]]], [[[1.0], [3]]], [[0.0, NOT], [0, 0]]))
 case(3, "scores are divided by √D before softmax: here 4/√4 = 2 and 0", floats(1 / (1 + math.exp(-2))),
      lambda: attended([[[1.0, 1, 1, 1]]], [[[1.0, 1, 1, 1], [0, 0, 0, 0]]], [[[1.0], [0]]]))
 case(3, "softmax goes over the keys of a query, not over queries", floats(1 / (1 + math.exp(-1)), 0.5),
      lambda: attended([[[1.0], [0]]], [[[1.0], [0]]], [[[1.0], [0]]]))
-case(3, "four query heads on two key-value heads: 0 and 1 look at the first, 2 and 3 at the second", floats(10, 10, 20, 20),
+case(3, "four query heads on two key-value heads: 0 and 1 look at the first, 2 and 3 at the second",
+     floats(10, 10, 20, 20),
      lambda: attended([[[1.0]]] * 4, [[[1.0]], [[2.0]]], [[[10.0]], [[20.0]]]))
 
 
@@ -177,9 +180,11 @@ ROW, SHORT = ([5, 6, 7, 8], [0, 0, 1, 1]), ([3, 4], [0, 1])
 X = -100
 case(4, "inputs are the ids, padded on the right to a multiple of 8", [[5, 6, 7, 8, 0, 0, 0, 0]],
      lambda: collated(ROW, which=0))
-case(4, "a target is the NEXT token, where that one's mask is 1; prompt and padding are IGNORE", [[X, 7, 8, X, X, X, X, X]],
+case(4, "a target is the NEXT token, where that one's mask is 1; prompt and padding are IGNORE",
+     [[X, 7, 8, X, X, X, X, X]],
      lambda: collated(ROW, which=1))
-case(4, "rows of different lengths are padded to the longest", [[X, 7, 8, X, X, X, X, X], [4, X, X, X, X, X, X, X]],
+case(4, "rows of different lengths are padded to the longest",
+     [[X, 7, 8, X, X, X, X, X], [4, X, X, X, X, X, X, X]],
      lambda: collated(ROW, SHORT, which=1))
 case(4, "nine ids make eight inputs: the last is a target only", [[1, 2, 3, 4, 5, 6, 7, 8]],
      lambda: collated((list(range(1, 10)), [1] * 9), which=0))
@@ -197,9 +202,11 @@ case(5, "the better one 1 ahead: log(1 + e⁻¹)", floats(math.log(1 + math.exp(
      lambda: bradley_terry((2, 1), (1, 0)))
 case(5, "the better one 1 behind, the other way round in the list", floats(math.log(1 + math.e)),
      lambda: bradley_terry((2, 1), (0, 1)))
-case(5, "three replies are three pairs, and the loss their mean", floats((2 * math.log(1 + math.exp(-1)) + math.log(1 + math.exp(-2))) / 3),
+case(5, "three replies are three pairs, and the loss their mean",
+     floats((2 * math.log(1 + math.exp(-1)) + math.log(1 + math.exp(-2))) / 3),
      lambda: bradley_terry((2, 1, 0), (5, 4, 1)))
-case(5, "equal labels are no pair: two pairs of three remain", floats((math.log(1 + math.exp(-2)) + math.log(1 + math.exp(-1))) / 2),
+case(5, "equal labels are no pair: two pairs of three remain",
+     floats((math.log(1 + math.exp(-2)) + math.log(1 + math.exp(-1))) / 2),
      lambda: bradley_terry((2, 1, 0), (1, 1, 0)))
 case(5, "a difference of -1000 costs 1000, not inf: mind how log σ is computed", floats(1000),
      lambda: bradley_terry((0, 1000), (1, 0)))
@@ -209,11 +216,13 @@ def advantages(rewards, values, gamma, lam, which=0):
     return of("ppo").gae(floats(*rewards), floats(*values), gamma, lam)[which]
 
 
-case(6, "λ = 0: A is δ = r + γ V(next) - V, and V after the end is 0", floats(0.5 * 4 - 2, 0.5 * 6 - 4, 1 - 6),
+case(6, "λ = 0: A is δ = r + γ V(next) - V, and V after the end is 0",
+     floats(0.5 * 4 - 2, 0.5 * 6 - 4, 1 - 6),
      lambda: advantages((0, 0, 1), (2, 4, 6), 0.5, 0.0))
 case(6, "λ = 1, γ = 1: A is all that was still to come, minus V", floats(6 - 1, 5 - 1, 3 - 1),
      lambda: advantages((1, 2, 3), (1, 1, 1), 1.0, 1.0))
-case(6, "between: A_t = δ_t + γλ A_{t+1}; one token's reward reaches the earlier ones by γλ = 0.25 a step", floats(0.0625, 0.25, 1),
+case(6, "between: A_t = δ_t + γλ A_{t+1}; one token's reward reaches the earlier ones by γλ = 0.25 a step",
+     floats(0.0625, 0.25, 1),
      lambda: advantages((0, 0, 1), (0, 0, 0), 0.5, 0.5))
 case(6, "the critic's targets are A + V", floats(6, 5, 3),
      lambda: advantages((1, 2, 3), (1, 1, 1), 1.0, 1.0, which=1))
@@ -243,13 +252,15 @@ def rewarded(score, logprobs, ref, coefficient, *estimator):
 
 case(8, "policy = reference: no price, and the score stands at the last token alone", floats(0, 0, 5),
      lambda: rewarded(5.0, (-1, -2, -3), (-1, -2, -3), 0.1))
-case(8, "a token more likely than in the reference costs β·(log π - log π_ref); one less likely earns", floats(-0.1, 0.2, 5),
+case(8, "a token more likely than in the reference costs β·(log π - log π_ref); one less likely earns",
+     floats(-0.1, 0.2, 5),
      lambda: rewarded(5.0, (-1, -3, -1), (-2, -1, -1), 0.1))
 case(8, "k3 = r - 1 - log r with r = q/p = 2", floats(1 - math.log(2)),
      lambda: of("ppo").k3(floats(math.log(2))))
 case(8, "k3 is never negative: r = 1/2", floats(0.5 - 1 + math.log(2)),
      lambda: of("ppo").k3(floats(-math.log(2))))
-case(8, "k3 near 0 keeps its digits: log r = 10⁻⁴ gives 10⁻⁸·(1/2 + 10⁻⁴/6 + …)", floats(0.5 + 1e-4 / 6 + 1e-8 / 24),
+case(8, "k3 near 0 keeps its digits: log r = 10⁻⁴ gives 10⁻⁸·(1/2 + 10⁻⁴/6 + …)",
+     floats(0.5 + 1e-4 / 6 + 1e-8 / 24),
      lambda: of("ppo").k3(floats(1e-4)) * 1e8)
 case(8, "k3 as the price: log r is log π_ref - log π", floats(-0.1 * (1 - math.log(2)), 5),
      lambda: rewarded(5.0, (-2, -1), (-2 + math.log(2), -1), 0.1, "k3"))
@@ -262,7 +273,8 @@ def preference(chosen, rejected, ref_chosen, ref_rejected, beta, which=0):
 
 case(9, "policy = reference: ln 2, whatever the two replies' likelihoods", floats(math.log(2)),
      lambda: preference(-5, -90, -5, -90, 0.1))
-case(9, "chosen 3 nats above the reference, rejected 1 below, β = 0.5: log(1 + e⁻²)", floats(math.log(1 + math.exp(-2))),
+case(9, "chosen 3 nats above the reference, rejected 1 below, β = 0.5: log(1 + e⁻²)",
+     floats(math.log(1 + math.exp(-2))),
      lambda: preference(-7, -11, -10, -10, 0.5))
 case(9, "the implicit reward of the chosen reply is β·(log π - log π_ref)", floats(1.5),
      lambda: preference(-7, -11, -10, -10, 0.5, which=1))
@@ -335,7 +347,8 @@ def trained(rank, stage, kind):
     torch.manual_seed(0)
     plain, net = (torch.nn.Sequential(torch.nn.Linear(6, 5), torch.nn.Linear(5, 3)).double() for _ in "12")
     net.load_state_dict(plain.state_dict())
-    groups = [{"params": [p for p in plain.parameters() if (p.dim() >= 2) == wide], "weight_decay": 0.1 * wide} for wide in (True, False)]
+    groups = [{"params": [p for p in plain.parameters() if (p.dim() >= 2) == wide],
+               "weight_decay": 0.1 * wide} for wide in (True, False)]
     reference = torch.optim.AdamW(groups, lr=0.05, betas=(0.9, 0.95), eps=1e-3)
     optimizer = of("zero").AdamW(net, stage, eps=1e-3, grad_clip=1e9)
     for step in range(3):
@@ -365,7 +378,8 @@ def on_two_ranks(stage, kind):
 
 
 SIZE = 8 * (36 + 18)  # bytes of two layers: 6·5 + 5 and 5·3 + 3 fp64 numbers, each padded to an even count
-case(12, "stage 1 trains what torch.optim.AdamW trains on both ranks' rows, on BOTH ranks (largest difference)", [0, 0],
+case(12, "stage 1 trains what torch.optim.AdamW trains on both ranks' rows, on BOTH ranks (largest difference)",
+     [0, 0],
      lambda: on_two_ranks(1, "apart"))
 case(12, "stage 3 too, where nobody needs the other slices yet", [0, 0],
      lambda: on_two_ranks(3, "apart"))
