@@ -511,11 +511,16 @@ def main():
             print(f"{number:>3}  {lab.title}: {places(lab)}  ({lab.read})")
         return
     if args.what == "start":
+        if not args.number:
+            raise SystemExit("which lab? make lab N=7; make labs lists them")
         for number in args.number:
             start(number, HERE / "labs" / str(number))
         return
-    mine = HERE / "labs" / str(args.number[0]) if len(args.number) == 1 else HERE
-    sys.path[:0] = [str(mine if mine.exists() else HERE), str(HERE / "tests")]
+    folder = HERE / "labs" / str(args.number[0]) if len(args.number) == 1 else HERE
+    if not folder.exists():
+        print(f"{folder} is not there: make lab N={args.number[0]} first. This is the code as it stands:")
+        folder = HERE
+    sys.path[:0] = [str(folder), str(HERE / "tests")]
     right = [check(number) for number in args.number or LABS]
     for pool in POOL:
         pool.close()

@@ -168,3 +168,15 @@ def test_the_list_names_every_lab_and_every_function_stands_where_it_says(capsys
         assert lab.title in line and lab.read in line
         for module, names in lab.emptied.items():
             assert len(labs.bodies(source_of(module), names)) == len(names)
+
+
+def test_a_lab_that_is_not_there_is_said_so(capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["labs.py", "start"])
+    with pytest.raises(SystemExit, match="which lab"):
+        labs.main()
+    monkeypatch.setattr(sys, "argv", ["labs.py", "check", "99"])
+    with pytest.raises(SystemExit, match="labs 1 to 14"):
+        labs.main()
+    done = subprocess.run([sys.executable, "tests/labs.py", "check", "1"], cwd=HERE, capture_output=True,
+                          text=True, encoding="utf-8")
+    assert done.returncode == 0 and ("make lab N=1 first" in done.stdout) != (HERE / "labs" / "1").exists()
