@@ -12,14 +12,15 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves, tree_map
 
 CUDA = torch.device("cuda", 0)
 DEVICE = torch._C.TensorBase.device
 MARKED = {}  # a storage's identity: the storage, kept, so that no other gets its place
-# A GPU takes these with tensors of both places: the first is written to, or only indexed.
-MIXING = {"aten::copy_", "aten::index.Tensor", "aten::index_put_", "aten::index_put"}
+PINNED = []  # shapes of what was made with pin_memory=True
+# A GPU takes these with tensors of both places; the result is where the first one is.
+MIXING = {"aten::copy_", "aten::index", "aten::index_put_", "aten::index_put"}
 
 
 def is_marked(tensor) -> bool:
@@ -47,12 +48,11 @@ class Operations(TorchDispatchMode):
         tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
         marks = {is_marked(x) for x in tensors if x.dim()}
         name = function._schema.name
-        if len(marks) > 1 and not any(name == entry.split(".")[0] for entry in MIXING):
+        if len(marks) > 1 and name not in MIXING:
             shapes = [f"{tuple(x.shape)} on {'cuda' if is_marked(x) else 'cpu'}" for x in tensors]
             raise RuntimeError(f"tensors on two devices in {name}: {', '.join(shapes)}")
         result = function(*args, **kwargs)
-        first = bool(tensors) and is_marked(tensors[0])
-        if first if name in ("aten::copy_", "aten::index") else any(map(is_marked, tensors)):
+        if any(map(is_marked, tensors[:1] if name in MIXING else tensors)):
             tree_map(mark, result)
         return result
 
@@ -79,10 +79,10 @@ class Places(TorchFunctionMode):
         if to is None:
             return function(*args, **kwargs)
         args, kwargs = tree_map(lambda x: torch.device("cpu") if device_of(x) else x, (args, kwargs))
-        if name in ("to", "cpu"):
+        if function is torch.Tensor.to:
             if (to.type == "cuda") == is_marked(args[0]):
                 return function(*args, **kwargs)
-            with off():  # a copy, in the other place
+            with _disable_current_modes():  # a copy, in the other place
                 moved = function(*args, **kwargs)
                 moved = moved.clone() if moved is args[0] else moved
                 if to.type == "cuda":
@@ -90,15 +90,6 @@ class Places(TorchFunctionMode):
                 return moved
         result = function(*args, **kwargs)
         return mark(result) if to.type == "cuda" else result
-
-
-PINNED = []  # shapes of what was made with pin_memory=True
-
-@contextlib.contextmanager
-def off():
-    """Without the check, for a copy between places."""
-    with torch.utils._python_dispatch._disable_current_modes():
-        yield
 
 
 def on_gpu_only(name, called):

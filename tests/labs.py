@@ -462,10 +462,10 @@ def start(number, folder):
 
 def same(expected, got) -> bool:
     """Tensors to nine digits, anything else as it is."""
-    if isinstance(expected, torch.Tensor):
+    if isinstance(expected, torch.Tensor) and got is not None:  # None: a return was forgotten
         got = torch.as_tensor(got).double()
         return got.shape == expected.shape and torch.allclose(got, expected, rtol=1e-9, atol=1e-9)
-    return got == expected
+    return got is not None and got == expected
 
 
 def shown(value):

@@ -41,6 +41,7 @@ MISTAKES = [  # lab, what is written, what somebody writes instead, words of the
     (8, "k3(-kl)", "k3(kl)", "k3 as the price"),
     (8, "torch.expm1(log_ratio) - log_ratio", "torch.exp(log_ratio) - 1 - log_ratio", "keeps its digits"),
     (8, "torch.expm1(log_ratio) - log_ratio", "-log_ratio", "k3 = r - 1"),
+    (8, "return rewards", "pass", "at the last token alone"),
     (9, "better - worse", "worse - better", "chosen 3 nats"),
     (9, "chosen - ref_chosen", "chosen", "policy = reference"),
     (9, "-F.logsigmoid(better - worse)", "-(better - worse).sigmoid().log()", "not inf"),
