@@ -1,6 +1,7 @@
 # make        the whole road on the default world: data → base → sft → comparisons → reward → ppo, dpo → table
 # make seeds  the same once per seed of SEEDS="0 1 2", in $(OUT)/seed-N, and one table of means and their spread
 # make test   the tests;  make test-all  the slow ones too;  make bench  speed;  make clean  removes $(OUT)
+# make experiments  what the documents claim, tried on what make or make seeds left (tests/experiments.py: one at a time)
 # make labs   the list of labs;  make lab N=7  empties a function in a copy, labs/7;  make check N=7  is it right?
 #
 # NPROC=2 ZERO=3 OUT=out2 SEED=1    processes, ZeRO stage, output folder, seed of everything
@@ -21,7 +22,7 @@ LAUNCH := OMP_NUM_THREADS=1 $(BIN)/torchrun --standalone --nproc-per-node $(NPRO
 endif
 FLAGS := --zero $(ZERO) --seed $(SEED)
 .DELETE_ON_ERROR:
-.PHONY: all data base sft collect reward ppo dpo seeds test test-all bench labs lab check clean
+.PHONY: all data base sft collect reward ppo dpo seeds test test-all bench experiments labs lab check clean
 
 all: $(OUT)/table.json
 data: $(OUT)/data/tokenizer.json
@@ -84,6 +85,9 @@ test-all: .venv/ready
 
 bench: .venv/ready
 	$(BIN)/python tests/bench.py
+
+experiments: .venv/ready
+	$(BIN)/python tests/experiments.py all --root $(OUT)
 
 labs: .venv/ready
 	$(BIN)/python tests/labs.py
