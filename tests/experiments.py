@@ -11,7 +11,6 @@ out/seed-N/<experiment>/ holds every run with its curves.
 
 import argparse
 import json
-import math
 import random
 import re
 import subprocess
@@ -21,6 +20,7 @@ from pathlib import Path
 
 HERE = Path(__file__).parents[1]
 sys.path.insert(0, str(HERE))
+from data import read_json, write_jsonl  # noqa: E402
 from zero import plot  # noqa: E402
 
 
@@ -40,7 +40,7 @@ class Experiment:
 # ==== data made of the world's
 
 def read(path):
-    return [json.loads(line) for line in open(path, encoding="utf-8")]
+    return [record for _, record in read_json(str(path))]
 
 
 def conversations(at, keep=lambda record: True):
@@ -63,8 +63,10 @@ def bad(at, rng, count, share=0.3):
         groups.setdefault((record["family"], record["lang"]), []).append(record["messages"][-1])
     for record in records:
         if rng.random() < share:
-            other = rng.choice(groups[record["family"], record["lang"]])
-            record["messages"] = record["messages"][:-1] + [other]
+            *said, reply = record["messages"]
+            others = [x for x in groups[record["family"], record["lang"]] if x != reply]
+            if others:  # a task may have one reply to everything
+                record["messages"] = [*said, rng.choice(others)]
     return records
 
 
@@ -104,7 +106,7 @@ def own_zeros(at, rng):
     return records
 
 
-def prompted(at, rng, shots, form="{q}\n{a}"):
+def prompted(at, rng, shots, form):
     """Held-out questions of a few tasks, behind `shots` solved ones of the same task."""
     tasks = ("en2zh", "zh2en", "reverse", "topic", "sentiment")
     solved, asked = {}, []
@@ -135,7 +137,7 @@ PREPARED = {
     "texts_once": lambda at, rng: texts(at, rng, 0),
     "texts_repeated": lambda at, rng: texts(at, rng, 400),
     "own_zeros": own_zeros,
-    "asked_plainly": lambda at, rng: prompted(at, rng, 0),
+    "asked_plainly": lambda at, rng: prompted(at, rng, 0, "{q}\n{a}"),
     "asked_as_dialogue": lambda at, rng: prompted(at, rng, 0, "Q: {q}\nA: {a}"),
     "asked_by_arrow": lambda at, rng: prompted(at, rng, 0, "{q} => {a}"),
     "asked_by_arrow_3": lambda at, rng: prompted(at, rng, 3, "{q} => {a}"),
@@ -146,10 +148,7 @@ def prepared(name, at, seed) -> Path:
     """The file, made if it is not there."""
     path = at / "experiments" / f"{name}.jsonl"
     if not path.exists():
-        path.parent.mkdir(exist_ok=True)
-        records = PREPARED[name](at, random.Random(f"experiments {seed}"))
-        lines = [json.dumps(record, ensure_ascii=False) + "\n" for record in records]
-        path.write_text("".join(lines), encoding="utf-8")
+        write_jsonl(path, PREPARED[name](at, random.Random(f"experiments {seed}")))
     return path
 
 
@@ -173,6 +172,7 @@ NOISY = ("reward.py collect --init {at}/sft --prompts {at}/data/prompts.jsonl --
          " --out {out}-judge;" + PPO.replace("{at}/reward", "{out}-reward") + " --steps 12")
 ASKED = ("model.py {at}/base --template none --prompts {%s} --out {out}.answers.jsonl"
          " --temperature 0 --max-new-tokens 32")
+WITH_TEXT = "--limit 40 --samples 1 --text {at}/data/heldout.jsonl"  # flags of the table
 ALIGNED = ["gold", "score", "KL", "entropy", "exact match", "refused", "look-alikes refused",
            "in new frames", "ended"]
 
@@ -182,6 +182,12 @@ def on(file, line=SFT) -> str:
     for usual in ("{at}/data/sft.jsonl", "{at}/data/corpus.jsonl", "{at}/comparisons.jsonl"):
         line = line.replace(usual, "{%s}" % file)
     return line
+
+
+def judged(line) -> str:
+    """The model of a variant on the held-out part of the command's data: a step of length 0."""
+    line = line.replace("--out {out}", "--out {out}-judge")
+    return re.sub(r"--init \S+", "--init {out}", line) + " --steps 1 --lr 0"
 
 
 def shape(width, layers, steps) -> str:
@@ -229,29 +235,26 @@ EXPERIMENTS = {
         "work", "D0 L75-78",
         {f"--turns {turns}":
              on("dialogues", SFT_OF) + f" --steps 150 --turns {turns};"
-             # judged on every reply: a step of length 0
-             + on("dialogues", SFT_OF).replace("{at}/base", "{out}").replace("--out {out}",
-                                                                              "--out {out}-judge")
-             + " --steps 1 --lr 0"
+             + judged(on("dialogues", SFT_OF))  # on every reply
          for turns in ("all", "last", "split")},
         ["loss of every reply", "name two turns back", "seconds"],
         [("--turns all", "<", "--turns last", "loss of every reply")]),
     "quality": Experiment(
-        "few good samples beat many bad ones", "D2 L77, D3 第3节",
+        "few good samples beat many bad ones", "D2 L73, D3 L217, L227",
         {"1,000 good": on("good_1000"),
          "10,000, 30 % of the replies wrong": on("bad_10000"),
          "10,000 good": on("good_10000")},
         ["exact match", "worst family"],
         [("1,000 good", ">", "10,000, 30 % of the replies wrong", "exact match")]),
     "steps": Experiment(
-        "a sum is learned by writing its steps, not by saying its result", "D3 第3节, D4 4.2.2",
+        "a sum is learned by writing its steps, not by saying its result", "D3 L230, L252, D4 L178",
         {name: on("without_sums", TEXT).replace("{out}", "{out}-base") + " --steps 200;"
                + on(file).replace("{at}/base", "{out}-base")
          for name, file in (("written", "written_sums"), ("said at once", "direct_sums"))},
         ["sums, as trained"],
         [("written", ">", "said at once", "sums, as trained")]),
     "forgetting": Experiment(
-        "SFT forgets what pretraining stored; replayed text and LoRA keep it", "D3 L131, L331",
+        "SFT forgets what pretraining stored; replayed text and LoRA keep it", "D3 L137-139, L331",
         {"base": "{at}/base",
          "SFT": SFT,
          "SFT, text replayed": SFT.replace("--replay none", "--replay {at}/data/corpus.jsonl"),
@@ -260,12 +263,11 @@ EXPERIMENTS = {
         [("base", "<", "SFT", "bits per byte"),
          ("SFT, text replayed", "<", "SFT", "bits per byte"),
          ("LoRA", "<", "SFT", "bits per byte")],
-        table="--limit 40 --samples 1 --text {at}/data/heldout.jsonl"),
+        table=WITH_TEXT),
     "continued": Experiment(
         "pretraining goes on with the text of a domain; general text mixed in keeps what was known",
-        "D3 第5节",
-        {name: OTHER_WORLD + line + ";" + NEW_TEXT.replace("{at}/base", "{out}")
-         .replace("--out {out}", "--out {out}-judge") + " --steps 1 --lr 0"
+        "D3 L321-334",
+        {name: OTHER_WORLD + line + ";" + judged(NEW_TEXT)
          for name, line in (
              ("as it was", NEW_TEXT + " --steps 1 --lr 0"),
              ("the new text", NEW_TEXT + " --steps 200"),
@@ -276,15 +278,15 @@ EXPERIMENTS = {
         [("the new text", "<", "as it was", "new text, bits per byte"),
          ("as it was", "<", "the new text", "bits per byte"),
          ("half of it old", ">", "the new text", "stored facts")],
-        table="--limit 40 --samples 1 --text {at}/data/heldout.jsonl"),
+        table=WITH_TEXT),
     "duplicates": Experiment(
-        "text without duplicates gives a lower held-out loss", "D0 4.2.1 語料去重",
+        "text without duplicates gives a lower held-out loss", "D0 L49",
         {"30 of 12,000 texts 400 times": on("texts_repeated", HELD_OUT),
          "each text once": on("texts_once", HELD_OUT)},
         ["held-out bits per byte"],
         [("each text once", "<", "30 of 12,000 texts 400 times", "held-out bits per byte")]),
     "warmup": Experiment(
-        "warm-up and clipping make training stable", "D1 4., D4 5.3",
+        "warm-up and clipping make training stable", "D1 L58, L60",
         {"both": HELD_OUT + " --lr 0.02",
          "no warm-up": HELD_OUT + " --lr 0.02 --warmup 0",
          "no clipping": HELD_OUT + " --lr 0.02 --grad-clip 1e9",
@@ -295,18 +297,19 @@ EXPERIMENTS = {
     "ranking": Experiment(
         "annotators agree on an order, not on scores: so replies are ranked; and the reward model "
         "is trained, not frozen", "D0 L116, D2 L85, L95",
-        {"ranking": RANK,
-         "ranking, own zeros": on("own_zeros", RANK),
-         "regression": RANK + " --objective regression",
-         "regression, own zeros": on("own_zeros", RANK) + " --objective regression",
-         "ranking, frozen": RANK + " --tune freeze --lr 0.03"},
+        {name: line + ";" + judged(RANK) for name, line in {
+            "ranking": RANK,
+            "ranking, own zeros": on("own_zeros", RANK),
+            "regression": RANK + " --objective regression",
+            "regression, own zeros": on("own_zeros", RANK) + " --objective regression",
+            "ranking, frozen": RANK + " --tune freeze --lr 0.03"}.items()},
         ["pairs right", "pairs right, safety", "tau"],
         [("ranking", ">", "regression", "pairs right"),
          ("ranking, own zeros", ">", "regression, own zeros", "pairs right"),
          ("ranking", ">", "ranking, frozen", "pairs right")]),
     "hacking": Experiment(
         "without the reference model PPO finds what the reward model likes and people do not",
-        "D0 L118-131",
+        "D0 L122",
         {"price 0.05": PPO + " --steps 72 --lr 3e-4",
          "no price": PPO + " --steps 72 --lr 3e-4 --kl-coef 0"},
         ALIGNED + ["clipped %"],
@@ -314,19 +317,19 @@ EXPERIMENTS = {
          ("no price", "<", "price 0.05", "gold"),
          ("no price", ">", "price 0.05", "KL")]),
     "entropy": Experiment(
-        "alignment makes replies less diverse", "D2 L119-123",
+        "alignment makes replies less diverse", "D2 L127",
         {name: f"{{at}}/{name}" for name in ("base", "sft", "ppo", "dpo")},
         ["entropy", "distinct-2", "gold"],
         [("sft", ">", "ppo", "entropy"), ("sft", ">", "dpo", "entropy")]),
     "frontier": Experiment(
-        "DPO reaches what PPO reaches, with less", "D0 L137-141",
+        "DPO reaches what PPO reaches, with less", "D0 L141",
         # 12 iterations take about as long as a round of DPO
         {**{f"PPO, price {x}": SHORT + f" --kl-coef {x}" for x in (0.02, 0.2, 1.0)},
          **{f"DPO, β {x}": DPO + f" --beta {x}" for x in (0.05, 0.3, 2.0)}},
         ALIGNED + ["clipped %"],
         [("DPO, β 0.3", ">", "PPO, price 0.2", "gold")]),
     "few-shot": Experiment(
-        "a base model is asked by examples, or in a faked dialogue", "D2 L63-69, D4 4.2.1",
+        "a base model is asked by examples, or in a faked dialogue", "D2 L67-69, D4 L175",
         {"the bare question": ASKED % "asked_plainly",
          "a faked dialogue": ASKED % "asked_as_dialogue",
          "an arrow (unknown to the text)": ASKED % "asked_by_arrow",
@@ -369,7 +372,7 @@ EXPERIMENTS = {
     "noise": Experiment(
         "what wrong labels do to the reward model and to PPO", "",
         {"no wrong labels": SHORT, "10 % wrong": NOISY % 1, "30 % wrong": NOISY % 3},
-        ALIGNED + ["judged pairs right", "judged pairs right, safety"]),
+        ALIGNED + ["pairs right", "pairs right, safety"]),
 }
 
 # ==== what is measured
@@ -395,16 +398,15 @@ MEASURES = {  # name: the file that has it, its name there, a factor
     "held-out bits per byte": ("/eval.json", "bits_per_byte", 1),
     "new text, bits per byte": ("-judge/eval.json", "bits_per_byte", 1),
     "loss of every reply": ("-judge/eval.json", "loss", 1),
-    "pairs right": ("/eval.json", "accuracy", 100),
-    "pairs right, safety": ("/eval.json", "accuracy safety", 100),
-    "tau": ("/eval.json", "tau", 1),
-    "judged pairs right": ("-judge/eval.json", "accuracy", 100),
-    "judged pairs right, safety": ("-judge/eval.json", "accuracy safety", 100),
+    "pairs right": ("-judge/eval.json", "accuracy", 100),
+    "pairs right, safety": ("-judge/eval.json", "accuracy safety", 100),
+    "tau": ("-judge/eval.json", "tau", 1),
     "seconds": ("/run.json", "seconds", 1),
     "clipped %": ("/metrics.jsonl", "clipfrac", 100),
     "answered": (".answers.jsonl", r"(答:|A:|-)? ?", 100),
     "the answer alone": (".answers.jsonl", " ?", 100),
 }
+
 
 def run(line, flags=""):
     """Runs a script with its output behind a line of its own; ends the program if that fails."""
@@ -420,11 +422,13 @@ class Names(dict):
         return self[name]
 
 
-def train(line, model, names, flags):
+def train(line, names, flags):
     """Runs the commands of one variant, if its last one has not ended yet."""
-    if any(Path(model + end).exists() for end in ("/eval.json", ".answers.jsonl")):
+    line = line.format_map(names)
+    last = Path(re.findall(r"--out (\S+)", line)[-1])
+    if last.is_file() or (last / "eval.json").exists():
         return
-    for command in line.format_map(names).split(";"):
+    for command in line.split(";"):
         seed = "" if "--seed" in command else f" --seed {names['seed']}"
         trains = not command.startswith(("data.py", "model.py", "reward.py collect"))
         run(command + seed, flags if trains else "")
@@ -440,18 +444,21 @@ def answered(path, before) -> float:
     return right / len(records)
 
 
-def measure(name, model, column) -> float:
-    """One measure of one variant; column: the model's in the table."""
+def measure(name, model, column):
+    """One measure of one variant; column: the model's in the table. None if the variant has none:
+    only PPO clips, only some train a judge."""
     where, keys, factor = MEASURES[name]
     if where == "table":
         keys = keys if isinstance(keys, tuple) else (keys,)
         return factor * max(column[key]["mean"] for key in keys)
     path = Path(model + where)
+    if not path.exists():
+        return None
     if where == ".answers.jsonl":
         return factor * answered(path, keys)
     if path.suffix == ".jsonl":
         values = [record[keys] for record in read(path) if keys in record]
-        return factor * sum(values) / len(values)
+        return factor * sum(values) / len(values) if values else None
     return factor * json.loads(path.read_text(encoding="utf-8"))[keys]
 
 
@@ -469,14 +476,14 @@ def tabled(models, folder, names, table) -> dict:
 
 
 def measured(experiment, variants, at, folder, seed, flags, table) -> dict:
-    """{variant: {measure: value}} of one seed, whose `make` left its folders at `at`; flags: further
+    """{variant: {measure: value}} of one seed, whose `make` left its folders at `at`. flags: further
     ones of the training commands; table: `reward.py table`'s."""
     models = {}
     for variant, line in variants.items():
         names = Names(at=str(at), seed=seed)
         if ".py" in line:
             names["out"] = models[variant] = str(folder / slug(variant))
-            train(line, models[variant], names, flags)
+            train(line, names, flags)
         else:  # a folder that is there
             models[variant] = line.format_map(names)
     columns = {}
@@ -484,18 +491,9 @@ def measured(experiment, variants, at, folder, seed, flags, table) -> dict:
         columns = tabled(list(models.values()), folder, Names(at=str(at), seed=seed), table)
     found = {}
     for variant, model in models.items():
-        found[variant] = {}
-        for name in experiment.shows:
-            if has(name, model):
-                found[variant][name] = measure(name, model, columns.get(model))
+        values = {name: measure(name, model, columns.get(model)) for name in experiment.shows}
+        found[variant] = {name: value for name, value in values.items() if value is not None}
     return found
-
-
-def has(name, model) -> bool:
-    """Whether a variant has a measure: only PPO clips, only some train a judge."""
-    where, key, _ = MEASURES[name]
-    path = Path(model + where)
-    return where == "table" or path.exists() and (name != "clipped %" or key in read(path)[0])
 
 
 def slug(variant) -> str:
@@ -523,19 +521,22 @@ def show(seeds):
 
 
 def verdict(experiment, seeds):
-    """A line for each of what is expected, then the claim: in how many seeds all of it is seen."""
+    """A line for each of what is expected, then the claim: in how many seeds all of it is seen.
+    Nothing of a claim if --only left out one of the variants that it compares."""
+    wanted = {variant for one, _, other, _ in experiment.expected for variant in (one, other)}
+    if not wanted or not wanted <= set(seeds[0]):
+        return
     held = [True] * len(seeds)
     for one, sign, other, name in experiment.expected:
-        if one in seeds[0] and other in seeds[0]:
-            pairs = [(found[one][name], found[other][name]) for found in seeds]
-            seen = [a > b if sign == ">" else a < b for a, b in pairs]
-            held = [both and here for both, here in zip(held, seen)]
-            print(f"{name}: {one} {sign} {other} in {sum(seen)} of {len(seen)}")
+        pairs = [(found[one][name], found[other][name]) for found in seeds]
+        seen = [a > b if sign == ">" else a < b for a, b in pairs]
+        held = [both and here for both, here in zip(held, seen)]
+        print(f"{name}: {one} {sign} {other} in {sum(seen)} of {len(seen)}")
     print(f"shows in {sum(held)} of {len(held)} seeds: {experiment.claim} ({experiment.source})")
 
 
 def frontier(seeds, path):
-    """Draws gold score over KL, a panel for each seed: PPO's prices, and DPO's as a thinner line."""
+    """Draws gold score over KL, a panel for each seed; DPO as a thinner line."""
     panels = []
     for number, found in enumerate(seeds):
         lines = {}
@@ -573,8 +574,7 @@ def tell(name, args):
     show(seeds)
     if name == "frontier":
         frontier(seeds, Path(args.root, "frontier.svg"))
-    if experiment.expected:
-        verdict(experiment, seeds)
+    verdict(experiment, seeds)
 
 
 def main():
