@@ -34,7 +34,9 @@ from model import PRESETS, CausalLM, ModelConfig, ScalarModel, generate, token_l
 
 CHAR = ModelConfig(65, 128, 352, 4, 4, 4, max_position_embeddings=64)  # nanoGPT's CPU recipe
 # name: model, rows, tokens per row
-SHAPES = {"tiny": (PRESETS["tiny"], 16, 128), "small": (PRESETS["small"], 16, 256), "char": (CHAR, 12, 64)}
+GPT2 = ModelConfig(50304, 768, 2048, 12, 12, 12, max_position_embeddings=1024)
+SHAPES = {"tiny": (PRESETS["tiny"], 16, 128), "small": (PRESETS["small"], 16, 256), "char": (CHAR, 12, 64),
+          "gpt2": (GPT2, 4, 512), "gpt2-long": (GPT2, 2, 1024)}
 # what the scripts ask of a tokenizer; no sample is ever -1, so that all replies have their full length
 TOKENIZER = SimpleNamespace(pad=0, end=-1, text_end=-1, special=lambda name: 1)
 
@@ -276,6 +278,7 @@ def main():
     parser.add_argument("--rounds", type=int, help="default: 7, with --zero 21")
     parser.add_argument("--threads", type=int, default=0)
     parser.add_argument("--compile", action="store_true")
+    parser.add_argument("--training", action="store_true", help="no generation")
     parser.add_argument("--rlhf", action="store_true")
     parser.add_argument("--zero", action="store_true")
     parser.add_argument("--dtype", default="fp32", choices=["fp32", "bf16"])
@@ -300,7 +303,7 @@ def main():
         for kind, ours in zip(steps, times):
             print(f"  {kind}: {rows * tokens / ours:>9,.0f} tokens/s  {1e3 * ours:7.1f} ms = {ours / limit:.2f} x the "
                   f"bare products; {flops / ours / peak:.0%} of the peak of {peak / 1e9:,.0f} GFLOP/s")
-    if c.max_position_embeddings < 192:  # no room for the replies
+    if args.training or c.max_position_embeddings < 192:  # no room for the replies
         return
     print("generation with cache, prompt 64, 128 new tokens, greedy")
     for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
