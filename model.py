@@ -608,6 +608,39 @@ def unpacked(codes, scales, constants, shape):
     return flat[: math.prod(shape)].view(shape)
 
 
+class Int8(nn.Module):
+    """A linear layer for inference with W (out, in) in 8 bits a weight and a scale for each row
+    (D4 5.4.1): W = scale · codes. A decoding step reads all weights, so fewer bytes are faster."""
+
+    def __init__(self, linear):
+        super().__init__()
+        weight = linear.weight.detach().float()
+        scale = weight.abs().amax(1).clamp(min=1e-12) / 127
+        self.register_buffer("codes", (weight / scale[:, None]).round().to(torch.int8))
+        self.register_buffer("scale", scale)
+        self.bias = linear.bias
+
+    def forward(self, x):
+        """x (..., in) → (..., out)."""
+        product = fast_int8 if FAST else int8_product
+        y = product(x, self.codes, self.scale.to(x.dtype))
+        return y if self.bias is None else y + self.bias
+
+
+def int8_product(x, codes, scale):
+    """x · (scale · codes)ᵀ."""
+    return (x @ codes.to(x.dtype).T) * scale
+
+
+def lighten(model, bits):
+    """For inference: the weights in 32 bits, in 16 (bf16), or the matrices in 8 and the rest in 16.
+    Returns how many bytes they are, a tied matrix once for each of its two forms."""
+    if bits == 8:
+        replace(model, (*MATRICES, "lm_head"), Int8)
+    model.to(torch.float32 if bits == 32 else torch.bfloat16)
+    return sum(t.nbytes for t in [*model.parameters(), *model.buffers()])
+
+
 class Adapter(Adopted):
     """y + up(gelu(down(y))) behind y = W·x; up is zero at first."""
 
@@ -1187,10 +1220,15 @@ def main(data):
     add("--max-new-tokens", type=int, default=128)
     add("--temperature", type=float, default=0.7, help="0: always the likeliest token")
     add("--top-p", type=float, default=1.0)
+    add("--bits", type=int, choices=[32, 16, 8], default=32, help="of a weight: less is faster and "
+        "less exact")
     add("--seed", type=int, default=0)
     args = parser.parse_args()
     if args.folder:
-        return chat(load_model(args.folder), data, args)
+        model = load_model(args.folder)
+        size = lighten(model, args.bits)
+        print(f"{size / 1e6:,.1f} MB of weights", file=sys.stderr)
+        return chat(model, data, args)
     print(f"{'preset':<12}{'parameters':>18}{'12·L·C²':>18}")
     for name, config in PRESETS.items():
         estimate = 12 * config.num_hidden_layers * config.hidden_size**2
@@ -1266,6 +1304,17 @@ class Rotate(torch.autograd.Function):
     def backward(ctx, grad):
         cos, sin = ctx.saved_tensors
         return turned(grad, cos, -sin), None, None
+
+
+# (x @ codes.to(x.dtype).T) * scale
+
+def fast_int8(x, codes, scale):
+    rows = x.numel() // x.shape[-1]
+    if rows > 4 or x.dtype != torch.bfloat16 or x.device.type != "cpu":
+        return int8_product(x, codes, scale)
+    # torch's own kernel makes no copy of the codes in 16 bits; of many rows it is the slower one
+    y = torch._weight_int8pack_mm(x.reshape(rows, -1), codes, scale)
+    return y.view(*x.shape[:-1], -1)
 
 
 # (q @ k.transpose(-2, -1) / math.sqrt(D) + mask).softmax(-1) @ v

@@ -19,12 +19,13 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 
 from data import SPECIALS, Tokenizer, Tokens, collate, my_micro_batches, read_parts, train_bpe
-from model import CausalLM, ModelConfig, expected_first_loss, generate, load_model, save_model
-from model import token_logprobs, weight_files
-from zero import Run, RunConfig, all_sum, launch, lr_at, optimizer_of, prepared, print0, setup
-from zero import write_json
+from model import IGNORE, CausalLM, ModelConfig, expected_first_loss, generate, load_model
+from model import save_model, token_logprobs, weight_files, widen
+from zero import Run, RunConfig, Sharded, all_sum, launch, lr_at, optimizer_of, prepared, print0
+from zero import setup, write_json
 
 
 @dataclass
@@ -37,6 +38,9 @@ class Config(RunConfig):
     tokenizer: str = ""  # folder of a tokenizer.json; empty: one is trained on --data
     vocab_size: int = 2048  # of a tokenizer trained here, special tokens included (263: bytes)
     init: str = ""  # continue from this checkpoint; empty: random weights
+    teacher: str = ""  # a model with the same tokenizer to learn from as well (distillation)
+    temperature: float = 4.0  # at which teacher and student are compared
+    alpha: float = 0.7  # the teacher's weight in the loss; the text's is the rest
     context: int = 128  # tokens per training window
     max_position_embeddings: int = 256  # longest sequence the model will ever take
     hidden_size: int = 192
@@ -56,7 +60,7 @@ def corpus(cfg, inputs) -> tuple[Tokenizer, Tokens, Tokens]:
     inputs: {path: sha256} of the texts."""
     out = Path(cfg.out)
     split = 1.0 if cfg.val_data else 1 - cfg.val_fraction
-    source = cfg.tokenizer or cfg.init
+    source = cfg.tokenizer or cfg.init or cfg.teacher
     if not source:
         own_tokenizer(cfg, split, inputs)
     tokenizer = Tokenizer.load(source or out)
@@ -87,11 +91,31 @@ def own_tokenizer(cfg, split, inputs):
     prepared(ready, build)
 
 
+def batch_of(windows, device):
+    """Input ids and targets (B, T) of windows (T+1,); IGNORE behind a shorter one's end."""
+    rows = [(ids, [1] * len(ids)) for ids in windows]
+    return [part.to(device) for part in collate(rows, pad=0)]
+
+
 def nll_sum(model, windows, device):
     """Summed negative log-likelihood of windows (T+1,): all tokens but each first are targets."""
-    rows = [(ids, [1] * len(ids)) for ids in windows]
-    input_ids, targets = collate(rows, pad=0)  # (B, T) each
-    return -token_logprobs(model, input_ids.to(device), targets.to(device)).sum()
+    return -token_logprobs(model, *batch_of(windows, device)).sum()
+
+
+def distilled_sum(student, teacher, windows, cfg, device):
+    """The same sum for a student, 1 - α of it, and α of what it costs to say otherwise than the
+    teacher: KL(teacher ‖ student) of all next tokens, both flattened by a temperature T. That makes
+    the gradient about 1/T² as large, hence · T² (Hinton et al. 2015; D4 5.4.1)."""
+    T = cfg.temperature
+    input_ids, targets = batch_of(windows, device)  # (B, T) each
+    said = targets != IGNORE
+    logits = widen(student(input_ids)[said])  # (N, V)
+    with torch.no_grad():
+        taught = (widen(teacher(input_ids)[said]) / T).log_softmax(-1)
+    learned = (logits / T).log_softmax(-1)
+    apart = (taught.exp() * (taught - learned)).sum()
+    nll = F.cross_entropy(logits, targets[said], reduction="sum")
+    return (1 - cfg.alpha) * nll + cfg.alpha * T**2 * apart
 
 
 @torch.no_grad()
@@ -119,6 +143,17 @@ def open_model(cfg, tokenizer):
     return CausalLM(ModelConfig(**shape))
 
 
+def open_teacher(cfg, student, device, dtype):
+    """The frozen --teacher, split over the ranks as the student is; None: there is none."""
+    if not cfg.teacher:
+        return None
+    teacher = load_model(cfg.teacher).requires_grad_(False)
+    if teacher.config.vocab_size != student.config.vocab_size:
+        raise SystemExit(f"{cfg.teacher}: knows {teacher.config.vocab_size:,} tokens, the student "
+                         f"{student.config.vocab_size:,}; --tokenizer has to be the teacher's")
+    return Sharded(teacher, cfg.zero, dtype, device)
+
+
 def show_sample(model, val, tokenizer):
     """What a base model does with a text: it goes on."""
     start = tokenizer.encode(tokenizer.decode(val.ids[:8].tolist()) or "\n")
@@ -130,7 +165,8 @@ def main(cfg):
     # 1. data
     device, dtype = setup(cfg)
     files = [*cfg.data.split(","), *filter(None, cfg.val_data.split(","))]
-    files += weight_files(cfg.init) if cfg.init else []
+    for folder in filter(None, (cfg.init, cfg.teacher)):
+        files += weight_files(folder)
     files += [f"{cfg.tokenizer}/tokenizer.json"] if cfg.tokenizer else []
     run = Run(cfg, cfg.steps, inputs=files)
     tokenizer, train, val = corpus(cfg, run.record["inputs"])
@@ -139,6 +175,7 @@ def main(cfg):
 
     # 2. model
     model = open_model(cfg, tokenizer)
+    teacher = open_teacher(cfg, model, device, dtype)
     optimizer = optimizer_of(model, cfg, device, dtype)
     compiled = model.model.layers if cfg.compile else ()
     for block in compiled:
@@ -152,13 +189,17 @@ def main(cfg):
         windows = train.batch(cfg.seed, step, cfg.batch_size)  # (batch_size, context + 1)
         loss = 0.0
         for part in my_micro_batches([cfg.context] * cfg.batch_size, cfg.micro_tokens):
-            partial = nll_sum(model, windows[part], device) / per_step
+            if teacher:
+                partial = distilled_sum(model, teacher.model, windows[part], cfg, device)
+            else:
+                partial = nll_sum(model, windows[part], device)
+            partial = partial / per_step
             optimizer.backward(partial)
             loss += float(partial.detach())
         lr = lr_at(step, cfg.steps, cfg.lr, cfg.warmup, cfg.min_lr)
         norm = optimizer.step(lr)
         [loss] = all_sum(loss, device=device)
-        if step == 0 and not cfg.init:
+        if step == 0 and not cfg.init and not teacher:
             expected = expected_first_loss(model.config)
             print0(f"first loss {loss:.3f}, expected {expected:.3f} (ln V + C·σ²/2)")
         run.log(step, units=per_step, loss=loss, grad_norm=norm, lr=lr)

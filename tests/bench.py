@@ -1,7 +1,10 @@
 """Speed beside the machine's limit, taken in turn in one run: `make bench` or
 
     python tests/bench.py --shape small    a training step (with --compile also compiled), generation
+    python tests/bench.py --shape gpt2 --training --nanogpt DIR    beside a checkout of nanoGPT, and transformers if installed
     python tests/bench.py --rlhf           a step of SFT, reward model and DPO, an iteration of PPO
+
+    python tests/bench.py --bits out/base --text out/data/heldout.jsonl    a model's weights in 32, 16 and 8 bits
 
 ZeRO beside torch's DDP and FSDP2:  torchrun --nproc-per-node 2 tests/bench.py --zero [--dtype bf16] [--memory NAME]
 
@@ -10,7 +13,10 @@ everything that is no product) costs. Machines drift, so read the ratios; a time
 """
 
 import argparse
+import contextlib
 import functools
+import importlib.util
+import math
 import statistics
 import sys
 import time
@@ -19,6 +25,7 @@ from types import SimpleNamespace
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
@@ -29,8 +36,9 @@ import ppo  # noqa: E402
 import reward  # noqa: E402
 import sft  # noqa: E402
 import zero  # noqa: E402
-from data import micro_batches  # noqa: E402
-from model import PRESETS, CausalLM, ModelConfig, ScalarModel, generate, token_logprobs  # noqa: E402
+from data import Tokenizer, micro_batches, read_texts  # noqa: E402
+from model import PRESETS, CausalLM, ModelConfig, ScalarModel, generate, lighten, load_model  # noqa: E402
+from model import token_logprobs  # noqa: E402
 
 CHAR = ModelConfig(65, 128, 352, 4, 4, 4, max_position_embeddings=64)  # nanoGPT's CPU recipe
 # name: model, rows, tokens per row
@@ -82,6 +90,37 @@ def training_step(c, rows, tokens, dtype, compiled=False):
             optimizer.backward(loss)
         optimizer.step(1e-3)
     return run
+
+
+def peers(c, rows, tokens, dtype, nanogpt):
+    """{name: a step} of transformers' Llama, where it is installed, and of nanoGPT, whose MLP has two matrices of 4·C where
+    ours has three of 8/3·C; fp32 weights, 16 bits by autocast, torch's AdamW (fused for Llama), as their recipes have it."""
+    built, ids = {}, torch.randint(0, c.vocab_size, (rows, tokens + 1))
+    if nanogpt:
+        spec = importlib.util.spec_from_file_location("nanogpt", Path(nanogpt, "model.py"))
+        sys.modules["nanogpt"] = theirs = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(theirs)
+        gpt = theirs.GPT(theirs.GPTConfig(c.max_position_embeddings, c.vocab_size, c.num_hidden_layers,
+                                          c.num_attention_heads, c.hidden_size, dropout=0.0, bias=False))
+        built["nanoGPT"] = gpt, False, lambda: gpt(ids[:, :-1], ids[:, 1:].contiguous())[1]
+    with contextlib.suppress(ImportError):
+        from transformers import LlamaConfig, LlamaForCausalLM
+        known = {key: value for key, value in vars(c).items() if key not in ("model_type", "rope_scaling")}
+        llama = LlamaForCausalLM(LlamaConfig(**known, use_cache=False, attn_implementation="sdpa"))
+        built["transformers"] = llama, True, lambda: llama(input_ids=ids[:, :-1], labels=ids[:, :-1]).loss
+
+    def step(model, fused, loss):
+        optimizer = torch.optim.AdamW(model.train().parameters(), lr=1e-3, betas=(0.9, 0.99), weight_decay=0.1, fused=fused)
+
+        def run():
+            optimizer.zero_grad(set_to_none=True)
+            with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+                result = loss()
+            result.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+        return run
+    return {name: step(*parts) for name, parts in built.items()}
 
 
 def bare_decoding(c, rows, prompt, new, dtype):
@@ -199,6 +238,32 @@ def rlhf(rounds):
           f"({32 * 64 / sampled:,.0f} tokens/s) + scoring {scored:.2f} + update {learned:.2f}")
 
 
+@torch.no_grad()
+def bits_per_byte(model, windows, size):
+    """Of windows (n, T+1) of a text of so many bytes."""
+    nats = 0.0
+    for part in windows.split(16):
+        logits = model(part[:, :-1]).float()
+        nats += float(F.cross_entropy(logits.flatten(0, 1), part[:, 1:].flatten(), reduction="sum"))
+    return nats / math.log(2) / size
+
+
+def fewer_bits(folder, text, rounds):
+    """Size, loss and decoding speed (128 tokens after 64, one row and 16) of a model in 32, 16 and 8 bits."""
+    tokenizer, models = Tokenizer.load(folder), {bits: load_model(folder) for bits in (32, 16, 8)}
+    sizes = {bits: lighten(model, bits) for bits, model in models.items()}
+    ids = tokenizer.encode("".join(read_texts(text)[:300]))
+    windows = torch.tensor(ids[: len(ids) // 128 * 128 + 1]).unfold(0, 129, 128)
+    size = len(tokenizer.decode(windows[:, 1:].flatten().tolist()).encode())
+    prompts = windows[:16, :64].tolist()
+    functions = [functools.partial(generate, model, prompts[:rows], 128, -1, temperature=0)
+                 for rows in (1, 16) for model in models.values()]
+    times = medians(functions, rounds)
+    for i, (bits, model) in enumerate(models.items()):
+        print(f"{bits:>3} bits: {sizes[bits] / 1e6:8.1f} MB, {bits_per_byte(model, windows, size):.4f} bits per byte, "
+              f"decoding {128 / times[i]:,.0f} tokens/s, 16 rows {16 * 128 / times[3 + i]:,.0f}")
+
+
 # ---- ZeRO: the same model, data and AdamW under our stages, DDP and FSDP2
 
 SHAPE_25M = dict(vocab_size=8192, hidden_size=512, intermediate_size=1376, num_hidden_layers=6, num_attention_heads=8,
@@ -278,9 +343,12 @@ def main():
     parser.add_argument("--rounds", type=int, help="default: 7, with --zero 21")
     parser.add_argument("--threads", type=int, default=0)
     parser.add_argument("--compile", action="store_true")
+    parser.add_argument("--nanogpt", default="", metavar="DIR", help="a checkout, to be timed in turn")
     parser.add_argument("--training", action="store_true", help="no generation")
     parser.add_argument("--rlhf", action="store_true")
     parser.add_argument("--zero", action="store_true")
+    parser.add_argument("--bits", default="", metavar="FOLDER", help="a checkpoint, in 32, 16 and 8 bits")
+    parser.add_argument("--text", default="out/data/heldout.jsonl", help="with --bits: its loss is measured on this")
     parser.add_argument("--dtype", default="fp32", choices=["fp32", "bf16"])
     parser.add_argument("--memory", default="")
     args = parser.parse_args()
@@ -288,6 +356,8 @@ def main():
     if args.zero:
         return zero_main(args)
     zero.setup(zero.BaseConfig(threads=args.threads))
+    if args.bits:
+        return fewer_bits(args.bits, args.text, args.rounds)
     if args.rlhf:
         return rlhf(args.rounds)
     c, rows, tokens = SHAPES[args.shape]
@@ -298,10 +368,12 @@ def main():
         steps = {name: training_step(c, rows, tokens, dtype)}
         if args.compile:
             steps[f"{name} compiled"] = training_step(c, rows, tokens, dtype, compiled=True)
+        others = peers(c, rows, tokens, dtype, args.nanogpt)
+        steps |= {f"{name} {peer}": step for peer, step in others.items()}
         *times, limit, square = medians([*steps.values(), bare, lambda: a @ a], args.rounds)
         peak = 2 * 2048**3 / square
         for kind, ours in zip(steps, times):
-            print(f"  {kind}: {rows * tokens / ours:>9,.0f} tokens/s  {1e3 * ours:7.1f} ms = {ours / limit:.2f} x the "
+            print(f"  {kind:<17}: {rows * tokens / ours:>9,.0f} tokens/s  {1e3 * ours:7.1f} ms = {ours / limit:.2f} x the "
                   f"bare products; {flops / ours / peak:.0%} of the peak of {peak / 1e9:,.0f} GFLOP/s")
     if args.training or c.max_position_embeddings < 192:  # no room for the replies
         return

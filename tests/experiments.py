@@ -55,7 +55,7 @@ def good(at, rng, count):
     return rng.sample(conversations(at, harmless), count)
 
 
-def bad(at, rng, count, share=0.3):
+def bad(at, rng, count, share):
     """A share of the replies is that to another question of the same task and language."""
     records = good(at, rng, count)
     groups = {}
@@ -130,7 +130,8 @@ PREPARED = {
     "dialogues": lambda at, rng: conversations(at, lambda r: len(r["messages"]) > 2),
     "good_1000": lambda at, rng: good(at, rng, 1000),
     "good_10000": lambda at, rng: good(at, rng, 10_000),
-    "bad_10000": lambda at, rng: bad(at, rng, 10_000),
+    "bad_10000": lambda at, rng: bad(at, rng, 10_000, 0.3),
+    "worse_10000": lambda at, rng: bad(at, rng, 10_000, 0.6),
     "written_sums": lambda at, rng: sums(at, rng, True),
     "direct_sums": lambda at, rng: sums(at, rng, False),
     "without_sums": without_sums,
@@ -190,15 +191,15 @@ def judged(line) -> str:
     return re.sub(r"--init \S+", "--init {out}", line) + " --steps 1 --lr 0"
 
 
-def shape(width, layers, steps) -> str:
+def shape(width, layers) -> str:
     """A model of another size: heads of 32, a SwiGLU of 8/3 · width."""
     heads = width // 32
-    return (f" --hidden-size {width} --intermediate-size {width * 8 // 3} --steps {steps}"
+    return (f" --hidden-size {width} --intermediate-size {width * 8 // 3}"
             f" --num-hidden-layers {layers} --num-attention-heads {heads}"
             f" --num-key-value-heads {heads}")
 
 
-SIZES = {f"width {width}, {layers} layers, {steps} steps": shape(width, layers, steps)
+SIZES = {f"width {width}, {layers} layers, {steps} steps": f"{shape(width, layers)} --steps {steps}"
          for width, layers, steps in ((96, 3, 662), (192, 4, 167), (352, 5, 45))}
 
 
@@ -243,6 +244,7 @@ EXPERIMENTS = {
         "few good samples beat many bad ones", "D2 L73, D3 L217, L227",
         {"1,000 good": on("good_1000"),
          "10,000, 30 % of the replies wrong": on("bad_10000"),
+         "10,000, 60 % of the replies wrong": on("worse_10000"),
          "10,000 good": on("good_10000")},
         ["exact match", "worst family"],
         [("1,000 good", ">", "10,000, 30 % of the replies wrong", "exact match")]),
@@ -343,6 +345,14 @@ EXPERIMENTS = {
         ["held-out bits per byte", "seconds"],
         [(list(SIZES)[1], "<", list(SIZES)[0], "held-out bits per byte"),
          (list(SIZES)[1], "<", list(SIZES)[2], "held-out bits per byte")]),
+    "distillation": Experiment(
+        "a small model learns more from a large one than from the text alone", "D4 L70, L236",
+        {name: HELD_OUT.replace("200", "400") + shape(96, 3) + flags for name, flags in (
+            ("the text alone", ""),
+            ("a teacher, T 4, α 0.7", " --teacher {at}/base"),
+            ("a teacher, T 1, α 0.7", " --teacher {at}/base --temperature 1"))},
+        ["held-out bits per byte", "seconds"],
+        [("a teacher, T 4, α 0.7", "<", "the text alone", "held-out bits per byte")]),
     "switches": Experiment(
         "each detail of PPO, one flag changed", "",
         {"as it is": SHORT,

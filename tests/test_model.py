@@ -3,6 +3,7 @@
 Each test fails when one interesting line of model.py is wrong: a mask, a sign, a shift, a scale.
 """
 
+import copy
 import json
 import math
 import sys
@@ -457,3 +458,40 @@ def test_a_reward_model_from_an_sft_folder_keeps_its_zero_head_and_takes_the_res
     assert (m.load_model(tmp_path / "rm", ScalarModel).score.weight != 0).all()
     with pytest.raises(SystemExit, match="score.weight"):  # not the other way round
         m.load_model(tmp_path / "rm", CausalLM)
+
+
+# ---------------------------------------------------------------------- weights in fewer bits
+
+
+@pytest.mark.parametrize("rows", [1, 4, 5])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_eight_bits_are_off_by_half_a_step_of_each_rows_own_scale(rows, dtype):
+    torch.manual_seed(0)
+    linear = torch.nn.Linear(48, 32)
+    linear.weight.data[3] *= 50  # a large row must not coarsen the others
+    layer = m.Int8(linear)
+    rounded = layer.codes * layer.scale[:, None]
+    assert layer.codes.dtype == torch.int8 and layer.codes.abs().amax(1).eq(127).all()
+    assert ((rounded - linear.weight).abs() <= 0.5001 * layer.scale[:, None]).all()
+    x = torch.randn(rows, 1, 48)
+    expected = x @ rounded.T + linear.bias
+    tolerance = 1e-5 if dtype == torch.float32 else 0.02
+    with torch.no_grad():
+        found = layer.to(dtype)(x.to(dtype))
+    assert found.dtype == dtype
+    assert ((found - expected).abs().amax((0, 1)) <= tolerance * expected.abs().amax((0, 1)).clamp(min=1)).all()
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen2"])
+def test_a_model_of_fewer_bits_is_smaller_and_answers_nearly_the_same(kind):
+    net, x = build(model_type=kind, hidden_size=64, intermediate_size=128, spread=0.1), ids(2, 12)
+    with torch.no_grad():
+        exact, numbers = net(x), net.config.num_parameters()
+        sizes, errors = [], []
+        for bits in (32, 16, 8):
+            light = copy.deepcopy(net)
+            sizes.append(m.lighten(light, bits))
+            errors.append(((light(x) - exact).norm() / exact.norm()).item())
+    assert sizes[:2] == [4 * numbers, 2 * numbers]
+    assert sizes[2] < 0.65 * sizes[1], "matrices in bytes, embedding and norms in two"
+    assert errors[0] == 0 < errors[1] < 0.02 and errors[1] < errors[2] < 0.05, errors

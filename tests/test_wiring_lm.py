@@ -16,6 +16,7 @@ import pytest
 import torch
 import torch._dynamo  # before there is a process group, which it would keep
 import torch.distributed as dist
+import torch.nn.functional as F
 
 import pretrain
 import sft
@@ -136,6 +137,43 @@ def test_pretraining_takes_the_steps_of_a_plain_loop_and_is_judged_on_text_it_ne
     first = math.log(tokenizer.vocab_size) + 16 * 0.02**2 / 2  # ln V + ½·C·σ²
     line = f"first loss {expected[0]['loss']:.3f}, expected {first:.3f}"
     assert (line in found[0]["printed"]) == (start == "random weights"), found[0]["printed"]
+
+
+@WORLDS
+def test_a_student_learns_from_the_text_and_from_its_teacher(home, run, tmp_path, world, stage):
+    checkpoint(tmp_path / "teacher", seed=9)
+    cfg = pretrain.Config(
+        **COMMON, out=str(tmp_path / "out"), zero=stage, steps=4, batch_size=5, context=16,
+        micro_tokens=40, data=f"{home}/corpus.jsonl", val_data=f"{home}/held.txt",
+        init=f"{home}/base", teacher=str(tmp_path / "teacher"), temperature=1.7, alpha=0.3)
+    net, teacher = (load_model(folder, dtype=torch.float64) for folder in (cfg.init, cfg.teacher))
+    found = run(world, "pretrain", cfg)
+    tokens, end = windows_of(DOCUMENTS, TOK, 16, tmp_path), TOK.ids["<|endoftext|>"]
+
+    def losses_of(step):
+        total = 0.0
+        for ids in torch.stack(list(map(torch.as_tensor,
+                                        tokens.batch(cfg.seed, step, cfg.batch_size)))):
+            said, taught = net(ids[None, :-1])[0], teacher(ids[None, :-1])[0].detach()
+            apart = F.kl_div((said / 1.7).log_softmax(-1), (taught / 1.7).softmax(-1),
+                             reduction="sum")  # of the teacher's distribution to the student's
+            total += 0.7 * F.cross_entropy(said, ids[1:], reduction="sum") + 0.3 * 1.7**2 * apart
+        return {"loss": (total / (5 * 16), 1.0)}
+
+    expected = train_plainly(net, losses_of, cfg, cfg.steps)
+    ids = sum((TOK.encode(text) + [end] for text in [HELD]), [])
+    compare(cfg, found, net, expected, judge_text(net, ids, [HELD], 16), tokens=4 * 5 * 16)
+    assert "first loss" not in found[0]["printed"], "it is no cross-entropy"
+
+
+def test_a_teacher_brings_its_tokenizer_and_must_know_the_students_tokens(home, alone, tmp_path):
+    flags = dict(SHAPE, data=f"{home}/corpus.jsonl", context=16, batch_size=2, steps=1,
+                 teacher=f"{home}/base")
+    pretrain.main(pretrain.Config(**flags, out=str(tmp_path / "student")))
+    assert Tokenizer.load(tmp_path / "student").hash == TOK.hash
+    Tokenizer.from_merges([]).save(tmp_path)
+    with pytest.raises(SystemExit, match="265 tokens, the student 263"):
+        pretrain.main(pretrain.Config(**flags, out=str(tmp_path / "o"), tokenizer=str(tmp_path)))
 
 
 def test_the_end_of_the_text_is_held_out_from_training_and_from_the_tokenizer(
