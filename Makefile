@@ -2,6 +2,7 @@
 # make seeds  the same once per seed of SEEDS="0 1 2", in $(OUT)/seed-N, and one table of means and their spread
 # make test   the tests;  make test-all  the slow ones too;  make bench  speed;  make clean  removes $(OUT)
 # make experiments  what the documents claim, tried on what make or make seeds left (tests/experiments.py: one at a time)
+# make pictures  README's figures of ZeRO and of attention, drawn anew from runs (tests/pictures.py; the SFT model's attention)
 # make labs   the list of labs;  make lab N=7  empties a function in a copy, labs/7;  make check N=7  is it right?
 #
 # NPROC=2 ZERO=3 OUT=out2 SEED=1    processes, ZeRO stage, output folder, seed of everything
@@ -22,7 +23,7 @@ LAUNCH := OMP_NUM_THREADS=1 $(BIN)/torchrun --standalone --nproc-per-node $(NPRO
 endif
 FLAGS := --zero $(ZERO) --seed $(SEED)
 .DELETE_ON_ERROR:
-.PHONY: all data base sft collect reward ppo dpo seeds test test-all bench experiments labs lab check clean
+.PHONY: all data base sft collect reward ppo dpo seeds test test-all bench experiments pictures labs lab check clean
 
 all: $(OUT)/table.json
 data: $(OUT)/data/tokenizer.json
@@ -88,6 +89,11 @@ bench: .venv/ready
 
 experiments: .venv/ready
 	$(BIN)/python tests/experiments.py all --root $(OUT)
+
+pictures: $(OUT)/sft/eval.json
+	$(BIN)/python tests/pictures.py memory
+	OMP_NUM_THREADS=1 $(BIN)/torchrun --standalone --nproc-per-node 2 tests/pictures.py timeline
+	$(BIN)/python tests/pictures.py attention $(OUT)/sft
 
 labs: .venv/ready
 	$(BIN)/python tests/labs.py
