@@ -372,6 +372,9 @@ def open_models(cfg, device, dtype) -> dict:
         print_held(name, models[name])
         if cfg.tune == "full":
             model = load_model(folder, kind).requires_grad_(False)
+            if kind is ScalarModel and not model.score.weight.any():
+                raise SystemExit(f"--reward {folder}: no reward model, every score is 0; reward.py "
+                                 "trains one")
             models[frozen] = Sharded(model, cfg.zero, dtype, device)
             print_held(frozen, models[frozen])
         else:

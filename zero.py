@@ -742,6 +742,9 @@ class TuneConfig(RunConfig):
 # These may change between a run and its resumption: speed and memory, not what is trained.
 FREE = {"out", "fresh", "micro_tokens", "zero", "device", "dtype", "threads", "checkpointing",
         "save_every", "log_every", "timeout", "offload", "compile"}
+# Of these there is at least one; any other number may be 0.
+COUNTS = {"batch_size", "micro_tokens", "tune_size", "replies", "minibatches", "ppo_epochs",
+          "world_size", "micro_batches", "rows"}
 DTYPES = {"fp64": torch.float64, "fp32": torch.float32, "bf16": torch.bfloat16,
           "fp16": torch.float16}
 
@@ -762,7 +765,15 @@ def parse_config(Config, argv=None):
             kind = {"action": argparse.BooleanOptionalAction}
         flag = "--" + field.name.replace("_", "-")
         parser.add_argument(flag, default=field.default, help=text, **kind)
-    return Config(**vars(parser.parse_args(argv)))
+    args = parser.parse_args(argv)
+    for field in fields(Config):
+        value, flag = getattr(args, field.name), "--" + field.name.replace("_", "-")
+        least = 1 if field.name in COUNTS else 0
+        if type(value) in (int, float) and value < least <= field.default:
+            parser.error(f"{flag} {value}: it is at least {least}")
+        if field.name == "val_fraction" and value >= 1:
+            parser.error(f"{flag} {value}: it is below 1, or nothing is left to train on")
+    return Config(**vars(args))
 
 
 def launch(main, Config, argv=None):
@@ -990,7 +1001,8 @@ class Run:
         self.stopping = 0.0  # when the run was asked to stop
         for path in inputs:
             if not Path(path).is_file():
-                raise SystemExit(f"{path}: no such file")
+                raise SystemExit(f"{path}: no such file; make data writes out/data, "
+                                 "--data takes your own")
         hashes = {str(path): file_hash(path) for path in inputs}
         fresh = self.starts_over(hashes)
         dist.barrier()  # everyone has read the old run.json

@@ -100,6 +100,15 @@ def test_a_choice_that_does_not_exist_is_refused(config, flag, capsys):
     assert f"--{flag}: invalid choice" in capsys.readouterr().err
 
 
+def test_a_number_that_leaves_nothing_to_do_is_refused_and_a_negative_default_is_not(capsys):
+    for flag, number in (("val-fraction", 1), ("val-fraction", -0.5), ("tune-size", 0), ("minibatches", 0)):
+        with pytest.raises(SystemExit):
+            zero.parse_config(ppo.Config, [f"--{flag}", f"{number}"])
+        assert f"--{flag} {number}" in capsys.readouterr().err
+    cfg = zero.parse_config(ppo.Config, "--missing-end-score -2 --lr 0 --steps 0 --val-fraction 0".split())
+    assert cfg.missing_end_score == -2 and cfg.steps == cfg.lr == cfg.val_fraction == 0
+
+
 def test_pretraining_starts_at_ln_v_and_learns(road):
     out, said = road
     curve = losses(out / "base")
@@ -289,7 +298,7 @@ def test_a_fresh_run_with_another_vocabulary_trains_another_tokenizer(alone, sig
     (sft, "--init {road}/base --data {tmp}/odd.jsonl", "known formats"),
     (sft, "--init {road}/base --data {tmp}/long.jsonl --context 16", "no conversation has"),
     (dpo, "--init {road}/sft --data {tmp}/odd.jsonl", "a comparison needs"),
-    (ppo, "--init {road}/sft --reward {road}/sft --prompts {tmp}/long.jsonl", "no prompt fits"),
+    (ppo, "--init {road}/sft --reward {road}/reward --prompts {tmp}/long.jsonl", "no prompt fits"),
     (reward, "--init {road}/sft --data {tmp}/same.jsonl", "different scores"),
     (dpo, "--init {road}/sft --data {tmp}/same.jsonl", "different scores"),
     (reward.table, "--models {tmp}/none --data {tmp}/long.jsonl", "none of these folders"),

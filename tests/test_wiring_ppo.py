@@ -492,3 +492,8 @@ def test_a_reward_model_with_another_tokenizer_is_refused(plain, alone, tmp_path
     Tokenizer.from_merges([(97, 98)]).save(tmp_path)
     with pytest.raises(SystemExit, match="tokenizer and template"):
         run(0, plain.root, "other", dict(reward=str(tmp_path)))
+
+
+def test_a_reward_model_that_scores_nothing_is_refused(plain, alone):
+    with pytest.raises(SystemExit, match="no reward model"):
+        run(0, plain.root, "nothing", dict(reward=f"{plain.root}/sft"))

@@ -493,7 +493,8 @@ def test_flags_come_from_the_fields_and_their_help_from_the_comments(monkeypatch
         assert said in text
     assert "peak learning rate" not in text  # the comment of the field that Toy replaced
     for bad in (["--lrr", "1"], ["--shuf"], ["--steps", "x"], ["--zero", "4"], ["--dtype", "int8"],
-                ["--device", "tpu"], ["--turns", "split"]):
+                ["--device", "tpu"], ["--turns", "split"], ["--steps", "-3"], ["--lr", "-1"],
+                ["--threads", "-1"], ["--batch-size", "0"]):
         with pytest.raises(SystemExit) as stop:
             z.parse_config(Toy, bad)
         assert stop.value.code == 2 and bad[0] in capsys.readouterr().err
