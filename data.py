@@ -529,8 +529,8 @@ class Tokenizer:
         """From folder/tokenizer.json."""
         path = Path(folder) / "tokenizer.json"
         if not path.exists():
-            raise SystemExit(f"{path}: no such file; python data.py bpe --data FILE --out DIR "
-                             "makes one")
+            raise SystemExit(f"{path}: no such file; the stage before writes it (make runs all of "
+                             "them), or python data.py bpe --data FILE --out DIR")
         try:
             beside = [path.with_name(name) for name in SIDE_FILES]
             beside = {file.name: file.read_bytes() for file in beside if file.exists()}
@@ -2317,24 +2317,24 @@ def main():
     flag = parser.add_argument
     flag("command", choices=["world", "clean", "bpe", "show", "stats", "score"])
     flag("inputs", nargs="*", metavar="IN", help="files; for clean folders too")
-    flag("--out", help="folder to write to (out/data); for clean the .jsonl")
+    flag("--out", help="folder to write to (world: out/data); for clean the .jsonl")
     flag("--data", "--predictions", default="", help="file(s), comma-separated")
     flag("--references", default="", help="file of references, if --predictions has none (score)")
     flag("--tokenizer", default="out/data", help="folder of a tokenizer.json (show, stats)")
-    flag("--vocab-size", type=int, default=2400, help="of the tokenizer, special tokens included")
-    flag("--documents", type=int, default=130_000, help="pretraining documents (world)")
-    flag("--samples", type=int, default=56_000, help="instructions (world)")
+    flag("--vocab-size", type=int, default=2400, help="its tokens, special ones too (%(default)s)")
+    flag("--documents", type=int, default=130_000, help="documents (world: %(default)s)")
+    flag("--samples", type=int, default=56_000, help="instructions (world: %(default)s)")
     flag("--template", choices=list(TEXTS), help="default: the tokenizer's (show)")
     flag("--seed", type=int, default=0)
-    flag("--n", type=int, default=3, help="how many to show")
+    flag("--n", type=int, default=3, help="how many rows (show: %(default)s)")
     flag("--turns", default="all", choices=["all", "last", "split"], help="as sft.py's (show)")
-    flag("--context", type=int, default=256, help="longest row in tokens (show)")
+    flag("--context", type=int, default=256, help="longest row in tokens (show: %(default)s)")
     flag("--lines", action="store_true", help="each line of a .txt is a document (clean)")
-    flag("--languages", default="zh,en", help="that are kept: zh, en or both (clean)")
-    flag("--near", type=float, default=0.6, help="shared text of a near duplicate (clean)")
+    flag("--languages", default="zh,en", help="that are kept (clean: %(default)s)")
+    flag("--near", type=float, default=0.6, help="what near duplicates share (clean: %(default)s)")
     flag("--good", default="", help="examples of good texts, for a classifier (clean)")
     flag("--bad", default="", help="examples of bad texts (clean)")
-    flag("--quality", type=float, default=0.5, help="the least P(good) that is kept (clean)")
+    flag("--quality", type=float, default=0.5, help="least P(good) kept (clean: %(default)s)")
     flag("--show-dropped", type=int, default=0, help="examples of what each rule drops (clean)")
     args = parser.parse_intermixed_args()
     if args.command == "clean":
@@ -2343,10 +2343,10 @@ def main():
         if not args.out or Path(args.out).is_dir() or bool(args.good) != bool(args.bad):
             parser.error("clean needs --out FILE, and --good and --bad together")
         return write_clean(args)
-    args.out = args.out or "out/data"
     args.data = args.data or ",".join(args.inputs)
-    if (args.command == "world") == bool(args.data):
-        parser.error(f"{args.command} needs a file, world none")
+    if (args.command == "world") == bool(args.data) or args.command == "bpe" and not args.out:
+        parser.error("world takes no file, the others need one, bpe also --out FOLDER")
+    args.out = args.out or "out/data"
     if args.command == "score":
         pairs = scored_pairs(args.data, args.references)
         print(f"{len(pairs)} predictions with a reference, in percent")

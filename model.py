@@ -1207,21 +1207,23 @@ def merge(data, argv):
 def main(data):
     if sys.argv[1:2] == ["merge"]:
         return merge(data, sys.argv[2:])
-    parser = argparse.ArgumentParser(description="Chat with a checkpoint, or list the presets.")
+    parser = argparse.ArgumentParser(description="Chat with a checkpoint (/new forgets what was "
+                                     "said, Ctrl-D ends), or list the presets.")
     add = parser.add_argument
     add("folder", nargs="?", help="folder of a checkpoint, such as out/sft; none: the presets")
     add("--prompt", help="ask this once instead of chatting")
     add("--prompts", help="ask what this file asks: .jsonl in any conversation format")
-    add("--out", default="answers.jsonl", help="where to write the conversations with the replies")
-    add("--batch-size", type=int, default=32, help="conversations answered at a time")
+    add("--out", default="answers.jsonl", help="the conversations with replies (%(default)s)")
+    add("--batch-size", type=int, default=32, help="how many at a time (%(default)s)")
     add("--system", default="", help="a system message to start with")
     add("--template", choices=list(data.TEXTS), help="chat: role tokens; alpaca: ### Instruction:; "
         "none: continue the text (base models); default: as the folder was trained")
-    add("--max-new-tokens", type=int, default=128)
-    add("--temperature", type=float, default=0.7, help="0: always the likeliest token")
-    add("--top-p", type=float, default=1.0)
-    add("--bits", type=int, choices=[32, 16, 8], default=32, help="of a weight: less is faster and "
-        "less exact")
+    add("--max-new-tokens", type=int, default=128, help="longest reply (%(default)s)")
+    add("--temperature", type=float, default=0.7, help="0: the likeliest token (%(default)s)")
+    add("--top-p", type=float, default=1.0, help="the likeliest tokens of so much probability are "
+        "drawn from (%(default)s)")
+    add("--bits", type=int, choices=[32, 16, 8], default=32, help="of a weight: fewer are faster "
+        "and less exact (%(default)s)")
     add("--seed", type=int, default=0)
     args = parser.parse_args()
     if args.folder:
@@ -1229,6 +1231,8 @@ def main(data):
         size = lighten(model, args.bits)
         print(f"{size / 1e6:,.1f} MB of weights", file=sys.stderr)
         return chat(model, data, args)
+    if args.prompt or args.prompts:
+        parser.error("who is to answer? give the folder of a checkpoint, such as out/sft")
     print(f"{'preset':<12}{'parameters':>18}{'12·L·C²':>18}")
     for name, config in PRESETS.items():
         estimate = 12 * config.num_hidden_layers * config.hidden_size**2

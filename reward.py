@@ -12,6 +12,7 @@ true of the model that samples. No classifier (D0): only differences on one prom
 Expect: the first loss is ln 2; pair accuracy far above the length-only baseline printed beside it.
 """
 
+import argparse
 import json
 import math
 import re
@@ -800,7 +801,9 @@ def text_rows(model, tokenizer, cfg, device) -> dict:
 if __name__ == "__main__":
     commands = {"collect": (collect, CollectConfig), "label": (label, LabelConfig),
                 "train": (main, Config), "table": (table, TableConfig)}
-    if sys.argv[1:2] == ["agree"] and len(sys.argv) == 4:
-        sys.exit(agree(*sys.argv[2:]))
+    if sys.argv[1:2] == ["agree"]:
+        parser = argparse.ArgumentParser("reward.py agree", description="How far two files agree.")
+        parser.add_argument("files", nargs=2, metavar="FILE", help="what label or collect wrote")
+        sys.exit(agree(*parser.parse_args(sys.argv[2:]).files))
     named = sys.argv[1:] and sys.argv[1] in commands
     launch(*commands[sys.argv.pop(1) if named else "train"])

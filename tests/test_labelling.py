@@ -292,8 +292,10 @@ def test_agreement_counts_all_pairs_of_a_ranking_but_no_skips_and_may_be_undefin
     judged("c.jsonl", [1])
     with pytest.raises(SystemExit, match="a.jsonl and c.jsonl have judged no two replies"):
         person("agree a.jsonl c.jsonl")
-    with pytest.raises(SystemExit):
-        person("agree a.jsonl")
+    for words in ("agree a.jsonl", "agree a.jsonl a.jsonl a.jsonl"):
+        with pytest.raises(SystemExit) as stop:
+            person(words)
+        assert stop.value.code == 2
 
 
 # ---------------------------------------------------------------------------------- noise

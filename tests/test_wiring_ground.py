@@ -260,9 +260,10 @@ def test_a_tokenizer_of_the_size_asked_for_is_trained_and_rows_are_shown(tmp_pat
     tokenizer.save(tmp_path / "tok")
     said = shell("data.py", words.removesuffix(" --template alpaca"))
     assert said.startswith(d.show([d.render(talk("the cat", "天"), tokenizer, "none")] * 2, tokenizer))
-    with pytest.raises(SystemExit) as stop:
-        shell("data.py", "show")
-    assert stop.value.code == 2
+    for words in ("data.py show", f"data.py bpe {tmp_path}/a.txt", "model.py --prompt hi"):
+        with pytest.raises(SystemExit) as stop:
+            shell(*words.split(" ", 1))
+        assert stop.value.code == 2
 
 
 def rows_of(path):
