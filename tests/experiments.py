@@ -247,7 +247,8 @@ EXPERIMENTS = {
          "10,000, 60 % of the replies wrong": on("worse_10000"),
          "10,000 good": on("good_10000")},
         ["exact match", "worst family"],
-        [("1,000 good", ">", "10,000, 30 % of the replies wrong", "exact match")]),
+        [("1,000 good", ">", "10,000, 30 % of the replies wrong", "exact match"),
+         ("1,000 good", ">", "10,000, 60 % of the replies wrong", "exact match")]),
     "steps": Experiment(
         "a sum is learned by writing its steps, not by saying its result", "D3 L230, L252, D4 L178",
         {name: on("without_sums", TEXT).replace("{out}", "{out}-base") + " --steps 200;"

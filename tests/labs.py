@@ -58,7 +58,7 @@ LABS = {
     5: Lab("Reward model: Bradley-Terry", {"reward": ["bradley_terry_loss"]}, "D2 4; InstructGPT, eq. 1",
            "The loss of all pairs of N ranked replies.",
            "python reward.py --objective regression: fits the labels themselves, as D3 says, and ranks worse (README, "
-           "The reward model read literally)."),
+           "What the documents claim)."),
     6: Lab("Advantages: GAE", {"ppo": ["gae"]}, "D4 3.5.2; Schulman et al. 2016, eq. 16",
            "From rewards and values to advantages, walking from the last token back.",
            "python ppo.py --lam 1, --lam 0 and --advantage reinforce; explained_variance in metrics.jsonl tells "
