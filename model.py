@@ -1228,8 +1228,9 @@ def main(data):
     args = parser.parse_args()
     if args.folder:
         model = load_model(args.folder)
-        size = lighten(model, args.bits)
-        print(f"{size / 1e6:,.1f} MB of weights", file=sys.stderr)
+        if args.bits < 32:
+            size = lighten(model, args.bits)
+            print(f"{size / 1e6:,.1f} MB of weights", file=sys.stderr)
         return chat(model, data, args)
     if args.prompt or args.prompts:
         parser.error("who is to answer? give the folder of a checkpoint, such as out/sft")

@@ -165,8 +165,8 @@ def main(cfg):
     # 1. data
     device, dtype = setup(cfg)
     files = [*cfg.data.split(","), *filter(None, cfg.val_data.split(","))]
-    for folder in filter(None, (cfg.init, cfg.teacher)):
-        files += weight_files(folder)
+    files += weight_files(cfg.init) if cfg.init else []
+    files += weight_files(cfg.teacher) if cfg.teacher else []
     files += [f"{cfg.tokenizer}/tokenizer.json"] if cfg.tokenizer else []
     run = Run(cfg, cfg.steps, inputs=files)
     tokenizer, train, val = corpus(cfg, run.record["inputs"])
