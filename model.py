@@ -369,6 +369,13 @@ class ScalarModel(nn.Module):
         return self(input_ids)[torch.arange(len(lengths), device=lengths.device), lengths - 1]
 
 
+def must_score(model, folder):
+    """Refuses a reward model whose head was never trained: it gives every text 0."""
+    if isinstance(model, ScalarModel) and not model.score.weight.any():
+        raise SystemExit(f"--reward {folder}: no reward model, every score is 0; reward.py trains "
+                         "one")
+
+
 def initialize(model: nn.Module):
     """GPT-2's: N(0, 0.02), and the two projections into the residual stream by √(2·layers) less."""
     for name, parameter in model.named_parameters():

@@ -26,8 +26,8 @@ import torch.distributed as dist
 
 from data import Tokenizer, Tokens, collate, epoch_rows, gold_score, my_micro_batches, pad_rows
 from data import read_prompts, render
-from model import CausalLM, ScalarModel, generate, load_model, save_model, token_logprobs
-from model import tune, untuned, weight_files, widen
+from model import CausalLM, ScalarModel, generate, load_model, must_score, save_model
+from model import token_logprobs, tune, untuned, weight_files, widen
 from zero import Run, Sharded, TuneConfig, all_sum, everywhere, in_shares, keyed_seed, launch, lr_at
 from zero import optimizer_of, prepared, print0, print_held, setup
 
@@ -367,14 +367,14 @@ def open_models(cfg, device, dtype) -> dict:
     for name, frozen, folder, kind in (("policy", "reference", cfg.init, CausalLM),
                                        ("value", "reward", cfg.reward, ScalarModel)):
         model = load_model(cfg.init if cfg.critic == "sft" else folder, kind)
+        if cfg.critic != "sft":
+            must_score(model, folder)
         tune(model, cfg.tune, cfg.tune_size, cfg.alpha, folder)
         models[name] = optimizer_of(model, cfg, device, dtype)
         print_held(name, models[name])
         if cfg.tune == "full":
             model = load_model(folder, kind).requires_grad_(False)
-            if kind is ScalarModel and not model.score.weight.any():
-                raise SystemExit(f"--reward {folder}: no reward model, every score is 0; reward.py "
-                                 "trains one")
+            must_score(model, folder)
             models[frozen] = Sharded(model, cfg.zero, dtype, device)
             print_held(frozen, models[frozen])
         else:

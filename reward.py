@@ -32,8 +32,8 @@ import torch.nn.functional as F
 from data import MORAL, Tokenizer, collate, distinct, epoch_rows, filled, fit, gold_score, judge
 from data import my_micro_batches, pad_rows, read_comparisons, read_json, read_prompts, read_texts
 from data import render, write_jsonl, write_text
-from model import ScalarModel, add_token, generate, load_model, save_model, token_logprobs, tune
-from model import weight_files
+from model import ScalarModel, add_token, generate, load_model, must_score, save_model
+from model import token_logprobs, tune, weight_files
 from zero import BaseConfig, Run, Sharded, TuneConfig, all_sum, everywhere, in_shares, keyed_seed
 from zero import launch, lr_at, optimizer_of, print0, print_held, setup
 
@@ -776,6 +776,7 @@ def reward_scores(cfg, records, device, dtype) -> list[float]:
     mean = seen.get("score_mean", 0.0)
     std = max(seen.get("score_std", 1.0), 1e-3)
     model = load_model(cfg.reward, ScalarModel).requires_grad_(False)
+    must_score(model, cfg.reward)
     context = model.config.max_position_embeddings
     groups = [comparison_rows(record, tokenizer, context) for record in records]
     sharded = Sharded(model, cfg.zero, dtype, device)

@@ -318,6 +318,10 @@ def test_replies_are_scored_as_ppo_scores_them_and_weighed_by_their_own_tokens(a
     rollouts = [rollout("ab?", t) for t in ("yes", "no way")]
     known = ppo.score_replies(Sharded(net), rollouts, (0.5, 2.0), TOK, ppo.Config(), CPU)
     assert scores == pytest.approx(known, abs=1e-5) and scores[0] != scores[1]
+    torch.nn.init.zeros_(net.score.weight)
+    save_model(tmp_path, net, net.named_parameters())
+    with pytest.raises(SystemExit, match="no reward model"):
+        reward.reward_scores(cfg, records, CPU, torch.float32)
 
 
 def test_a_column_measures_its_samples_against_the_reference(alone, tmp_path):

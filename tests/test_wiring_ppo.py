@@ -494,6 +494,7 @@ def test_a_reward_model_with_another_tokenizer_is_refused(plain, alone, tmp_path
         run(0, plain.root, "other", dict(reward=str(tmp_path)))
 
 
-def test_a_reward_model_that_scores_nothing_is_refused(plain, alone):
+@pytest.mark.parametrize("flags", [{}, {"critic": "sft"}, {"tune": "lora"}])
+def test_a_reward_model_that_scores_nothing_is_refused(plain, alone, flags):
     with pytest.raises(SystemExit, match="no reward model"):
-        run(0, plain.root, "nothing", dict(reward=f"{plain.root}/sft"))
+        run(0, plain.root, "nothing", dict(reward=f"{plain.root}/sft", **flags))
