@@ -1251,8 +1251,8 @@ def main(data):
 # The same functions, faster: what runs where FAST is True. Each equals the lines quoted above it,
 # in value and in gradient. What a gradient by hand takes from a training step on 2 cores (tiny,
 # small and char of tests/bench.py): the norm's 2 to 13 %, the rotation's up to 4 %; that of the
-# log-probabilities more the larger V is (at 2,048 rows and V = 50,257 the head takes 1.1 times as
-# long as its three products, by the formula 1.2 times), and memory: 468 MB there, not 1,248.
+# log-probabilities more the larger V is (at 2,048 rows and V = 50,304 in fp32 the head takes 1.1
+# times as long as its three products, by the formula 1.2 times), and memory: 468 MB, not 1,248.
 
 # rms = (x.square().mean(-1, keepdim=True) + eps).sqrt()    in fp32
 # (x / rms).to(x.dtype) * weight

@@ -348,7 +348,7 @@ EXPERIMENTS = {
          (list(SIZES)[1], "<", list(SIZES)[2], "held-out bits per byte")]),
     "distillation": Experiment(
         "a small model learns more from a large one than from the text alone", "D4 L70, L236",
-        {name: HELD_OUT.replace("200", "400") + shape(96, 3) + flags for name, flags in (
+        {name: HELD_OUT + " --steps 400" + shape(96, 3) + flags for name, flags in (
             ("the text alone", ""),
             ("a teacher, T 4, α 0.7", " --teacher {at}/base"),
             ("a teacher, T 1, α 0.7", " --teacher {at}/base --temperature 1"))},

@@ -194,6 +194,8 @@ def test_target_logprobs_in_chunks_have_the_value_and_gradient_of_the_plain_ones
     if kept >= 35:  # backward made its logits into probabilities: it must not take them for logits
         with pytest.raises(RuntimeError, match="modified by an inplace operation"):
             torch.autograd.grad(ours, (hidden, weight), up)
+    else:
+        assert torch.autograd.gradcheck(m.TargetLogprobs.apply, (hidden, weight, targets))
 
 
 def test_the_head_keeps_few_logits_and_computes_many_again(monkeypatch):

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from experiments import EXPERIMENTS
 from labs import LABS
 
 HERE = Path(__file__).parents[1]
@@ -23,6 +24,15 @@ def headings(page):
     """Anchors as GitHub makes them."""
     found = re.findall(r"^#+ (.+)$", re.sub(r"```.*?```", "", PAGES[page], flags=re.S), re.M)
     return {re.sub(r"[^\w\- ]", "", text.lower()).replace(" ", "-") for text in found}
+
+
+def test_the_labs_point_to_headings_and_every_claim_that_is_tried_has_a_row():
+    for lab in LABS.values():
+        for title in re.findall(r"README, ([^)]+)\)", " ".join(str(part) for part in vars(lab).values())):
+            assert f"### {title}\n" in PAGES["README.md"], title
+    table = PAGES["README.md"].partition("### What the documents claim\n")[2].partition("\n###")[0]
+    named = set(re.findall(r"^\| .* \| `([\w-]+)` \|", table, re.M))
+    assert named == {name for name, experiment in EXPERIMENTS.items() if experiment.expected}
 
 
 @pytest.mark.parametrize("page", PAGES)
