@@ -1,8 +1,11 @@
 """Speed beside the machine's limit, taken in turn in one run: `make bench` or
 
     python tests/bench.py --shape small    a training step (with --compile also compiled), generation
-    python tests/bench.py --shape gpt2 --training --nanogpt DIR    beside a checkout of nanoGPT, and transformers if installed
+    python tests/bench.py --shape gpt2 --only training --nanogpt DIR    beside a checkout of nanoGPT, and transformers
+                                                                        if installed
+    python tests/bench.py --sizes          a step's time and memory from 2M to 354M parameters
     python tests/bench.py --rlhf           a step of SFT, reward model and DPO, an iteration of PPO
+    torchrun --nproc-per-node 2 tests/bench.py --rlhf --stage 3     the same batches on two processes
 
     python tests/bench.py --bits out/base --text out/data/heldout.jsonl    a model's weights in 32, 16 and 8 bits
 
@@ -41,10 +44,13 @@ from model import PRESETS, CausalLM, ModelConfig, ScalarModel, generate, lighten
 from model import token_logprobs  # noqa: E402
 
 CHAR = ModelConfig(65, 128, 352, 4, 4, 4, max_position_embeddings=64)  # nanoGPT's CPU recipe
-# name: model, rows, tokens per row
 GPT2 = ModelConfig(50304, 768, 2048, 12, 12, 12, max_position_embeddings=1024)
+SMOLLM2 = ModelConfig(49152, 576, 1536, 30, 9, 3, max_position_embeddings=2048)  # of 135M parameters
+# name: model, rows, tokens per row
 SHAPES = {"tiny": (PRESETS["tiny"], 16, 128), "small": (PRESETS["small"], 16, 256), "char": (CHAR, 12, 64),
-          "gpt2": (GPT2, 4, 512), "gpt2-long": (GPT2, 2, 1024)}
+          "gpt2": (GPT2, 4, 512), "gpt2-long": (GPT2, 2, 1024), "smollm2": (SMOLLM2, 4, 512)}
+SIZES = [PRESETS["tiny"], PRESETS["small"], ModelConfig(16384, 512, 1376, 12, 8, 8), GPT2,
+         ModelConfig(50304, 1024, 2736, 24, 16, 16)]
 # what the scripts ask of a tokenizer; no sample is ever -1, so that all replies have their full length
 TOKENIZER = SimpleNamespace(pad=0, end=-1, text_end=-1, special=lambda name: 1)
 
@@ -83,13 +89,49 @@ def training_step(c, rows, tokens, dtype, compiled=False):
     for block in optimizer.model.model.layers if compiled else ():
         block.forward = torch.compile(block.forward)
     ids = torch.randint(0, c.vocab_size, (rows, tokens + 1))
+    return lambda: take_step(optimizer, ids)
 
-    def run():
-        for part in ids.split(max(1, 2048 // tokens)):  # the scripts' --micro-tokens
-            loss = -token_logprobs(optimizer.model, part[:, :-1], part[:, 1:]).sum() / ids.numel()
-            optimizer.backward(loss)
-        optimizer.step(1e-3)
-    return run
+
+def take_step(optimizer, ids):
+    """On ids (rows, T+1)."""
+    for part in ids.split(max(1, 2048 // (ids.shape[1] - 1))):  # the scripts' --micro-tokens
+        loss = -token_logprobs(optimizer.model, part[:, :-1], part[:, 1:]).sum() / ids.numel()
+        optimizer.backward(loss)
+    optimizer.step(1e-3)
+
+
+def held() -> int:
+    """Bytes of this process (RSS) now; the next peak_memory() tells the most from here on."""
+    zero.peak_memory(torch.device("cpu"))
+    return zero.peak_memory(torch.device("cpu"))
+
+
+def sizes(dtype, rounds):
+    """A step of 4 and of 8 rows of 256 tokens; the most memory beside what is planned at rest and what the forward of 8 rows
+    keeps for backward."""
+    print(f"{'parameters':>12}{'4 rows':>10}{'8 rows':>10}{'tokens/s':>10}{'ps each':>9}{'x bare':>8}"
+          f"{'peak':>9}{'plan':>8}{'kept':>8}   (ps of a parameter and token; GB)")
+    for c in SIZES:
+        before = held()
+        optimizer = zero.AdamW(CausalLM(c), dtype=dtype)
+        ids = torch.randint(0, c.vocab_size, (8, 257))
+        take_step(optimizer, ids)
+        peak = zero.peak_memory(torch.device("cpu")) - before
+        kept = zero.saved_bytes(lambda model: token_logprobs(model, ids[:, :-1], ids[:, 1:]), optimizer.model)
+        bare, _ = bare_step(c, 8, 256, dtype)
+        few, all_rows, limit = medians([lambda: take_step(optimizer, ids[:4]), lambda: take_step(optimizer, ids), bare], rounds)
+        count = c.num_parameters()
+        planned = zero.plan(count, 1, dtype.itemsize == 2)[0]["total"]
+        print(f"{count:>12,}{few:>9.2f}s{all_rows:>9.2f}s{2048 / all_rows:>10,.0f}{1e12 * all_rows / 2048 / count:>9.1f}"
+              f"{all_rows / limit:>8.2f}{peak / 1e9:>9.2f}{planned / 1e9:>8.2f}{kept / 1e9:>8.2f}", flush=True)
+        del optimizer, bare
+
+
+def their_llama(c):
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    known = {key: value for key, value in vars(c).items() if key not in ("model_type", "rope_scaling")}
+    return LlamaForCausalLM(LlamaConfig(**known, attn_implementation="sdpa"))
 
 
 def peers(c, rows, tokens, dtype, nanogpt):
@@ -104,10 +146,8 @@ def peers(c, rows, tokens, dtype, nanogpt):
                                           c.num_attention_heads, c.hidden_size, dropout=0.0, bias=False))
         built["nanoGPT"] = gpt, False, lambda: gpt(ids[:, :-1], ids[:, 1:].contiguous())[1]
     with contextlib.suppress(ImportError):
-        from transformers import LlamaConfig, LlamaForCausalLM
-        known = {key: value for key, value in vars(c).items() if key not in ("model_type", "rope_scaling")}
-        llama = LlamaForCausalLM(LlamaConfig(**known, use_cache=False, attn_implementation="sdpa"))
-        built["transformers"] = llama, True, lambda: llama(input_ids=ids[:, :-1], labels=ids[:, :-1]).loss
+        llama = their_llama(c)
+        built["transformers"] = llama, True, lambda: llama(input_ids=ids[:, :-1], labels=ids[:, :-1], use_cache=False).loss
 
     def step(model, fused, loss):
         optimizer = torch.optim.AdamW(model.train().parameters(), lr=1e-3, betas=(0.9, 0.99), weight_decay=0.1, fused=fused)
@@ -159,57 +199,71 @@ def decoding(c, rows, prompt, new, dtype):
     return lambda: generate(model, prompts, new, end_id=-1, temperature=0)
 
 
+def their_decoding(c, rows, prompt, new, dtype):
+    """transformers' generate, greedy, on the same prompts."""
+    model = their_llama(c).to(dtype).eval()
+    ids = torch.randint(0, c.vocab_size, (rows, prompt))
+    options = dict(do_sample=False, max_new_tokens=new, min_new_tokens=new, pad_token_id=0, attention_mask=torch.ones_like(ids))
+    return lambda: model.generate(ids, **options)
+
+
 def random_rows(c, count, prompt, reply):
     """(ids, mask) of rows whose last `reply` tokens are trained."""
     ids = torch.randint(2, c.vocab_size, (count, prompt + reply)).tolist()
     return [(row, [0] * prompt + [1] * reply) for row in ids]
 
 
-def later_steps(c, dtype):
-    """{name: (a step, its tokens)}: 8 rows or pairs of 256 tokens; of DPO's the last 128 are the reply."""
+def later_steps(c, dtype, stage=0):
+    """{name: (a function that builds a step, the tokens of one)}: 8 rows or pairs of 256 tokens over all processes; of DPO's the
+    last 128 are the reply."""
     rows, pairs = random_rows(c, 8, 0, 256), [random_rows(c, 2, 128, 128) for _ in range(8)]
-    frozen, cfg = CausalLM(c).to(dtype).requires_grad_(False), dpo.Config()
+    cfg, share = dpo.Config(), (dist.get_rank(), dist.get_world_size())
+    by_row, by_pair = (micro_batches([256] * 8, cfg.micro_tokens, *share, rows=[n] * 8) for n in (1, 2))
 
     def sft_loss(model, part):
-        return sft.nll_sum(model, [rows[i] for i in part], TOKENIZER, "cpu") / sft.trained(rows)
+        return sft.nll_sum(model, [rows[i] for i in part], TOKENIZER, "cpu") / sft.target_count(rows)
 
     def reward_loss(model, part):
         scores = reward.score_groups(model, [[ids for ids, _ in pairs[i]] for i in part], TOKENIZER, "cpu")
         return sum(reward.bradley_terry_loss(s, torch.tensor([1.0, 0.0])) for s in scores) / len(pairs)
 
-    def reference(part):
-        sides = dpo.sequence_logprobs(frozen, [pairs[i] for i in part], TOKENIZER, "cpu")
-        return list(zip(*(side.tolist() for side in sides)))
-
-    def dpo_loss(model, part, cached=None):
-        known = [cached[i] for i in part] if cached else reference(part)
-        return dpo.pair_losses(model, [pairs[i] for i in part], known, TOKENIZER, cfg, "cpu")[0] / len(pairs)
-
     def step(kind, parts, loss):
-        optimizer = zero.AdamW(kind(c), dtype=dtype)
+        optimizer = zero.AdamW(kind(c), stage, dtype)
 
         def run():
             for part in parts:
                 optimizer.backward(loss(optimizer.model, part))
             optimizer.step(1e-5)
         return run
-    by_row, by_pair = (micro_batches([256] * 8, cfg.micro_tokens, rows=[n] * 8) for n in (1, 2))
-    cached = reference(range(8))
-    return {"SFT": (step(CausalLM, by_row, sft_loss), 2048),
-            "reward model": (step(ScalarModel, by_pair, reward_loss), 4096),
-            "DPO, reference cached": (step(CausalLM, by_pair, lambda *a: dpo_loss(*a, cached)), 4096),
-            "DPO, reference computed": (step(CausalLM, by_pair, dpo_loss), 4096)}
+
+    def dpo_step(keep):
+        frozen = zero.Sharded(CausalLM(c).requires_grad_(False), stage, dtype)
+
+        @torch.no_grad()
+        def reference(part):
+            sides = dpo.sequence_logprobs(frozen.model, [pairs[i] for i in part], TOKENIZER, "cpu")
+            return list(zip(*(side.tolist() for side in sides)))
+        kept = reference(range(8)) if keep else None
+
+        def dpo_loss(model, part):
+            known = [kept[i] for i in part] if keep else reference(part)
+            return dpo.pair_losses(model, [pairs[i] for i in part], known, TOKENIZER, cfg, "cpu")[0] / len(pairs)
+        return step(CausalLM, by_pair, dpo_loss)
+    return {"SFT": (lambda: step(CausalLM, by_row, sft_loss), 2048),
+            "reward model": (lambda: step(ScalarModel, by_pair, reward_loss), 4096),
+            "DPO, reference cached": (lambda: dpo_step(True), 4096),
+            "DPO, reference computed": (lambda: dpo_step(False), 4096)}
 
 
-def ppo_phases(c, dtype):
-    """The parts of an iteration, to be run in turn: 32 prompts x (64 + 64) tokens, 4 epochs of one step."""
-    cfg = ppo.Config(batch_size=32, max_new_tokens=64, ppo_epochs=4, minibatches=1)
-    policy, value = (zero.AdamW(kind(c), dtype=dtype) for kind in (CausalLM, ScalarModel))
-    frozen = [zero.Sharded(kind(c).requires_grad_(False), dtype=dtype) for kind in (CausalLM, ScalarModel)]
-    queries, rollouts = [ids for ids, _ in random_rows(c, 32, 64, 0)], []
+def ppo_phases(c, dtype, stage=0, rows=32, epochs=4):
+    """The parts of an iteration, to be run in turn: prompts x (64 + 64) tokens, epochs of one step."""
+    cfg = ppo.Config(batch_size=rows, max_new_tokens=64, ppo_epochs=epochs, minibatches=1)
+    policy, value = (zero.AdamW(kind(c), stage, dtype) for kind in (CausalLM, ScalarModel))
+    frozen = [zero.Sharded(kind(c).requires_grad_(False), stage, dtype) for kind in (CausalLM, ScalarModel)]
+    queries, rollouts = [ids for ids, _ in random_rows(c, rows, 64, 0)], []
 
     def respond():
-        rollouts[:] = ppo.respond(policy, queries, range(32), TOKENIZER, cfg)
+        rollouts[:] = ppo.respond(policy, queries, range(rows), TOKENIZER, cfg)
     return (respond, lambda: ppo.experience(policy, value, *frozen, rollouts, 0.05, (0.0, 1.0), TOKENIZER, cfg, "cpu"),
             lambda: ppo.update(policy, value, rollouts, None, 0, TOKENIZER, cfg, "cpu", 0.1))
 
@@ -226,16 +280,24 @@ def medians(functions, rounds):
     return [statistics.median(t) for t in times]
 
 
-def rlhf(rounds):
-    c, dtype = PRESETS["small"], torch.bfloat16
-    later = later_steps(c, dtype)
-    steps, tokens = zip(*later.values())
-    print("small, bf16, a step of 8 rows or pairs of 256 tokens, every token counted once")
-    for name, n, seconds in zip(later, tokens, medians(steps, rounds)):
-        print(f"  {name:<23} {n / seconds:>7,.0f} tokens/s  {1e3 * seconds:7.1f} ms")
-    sampled, scored, learned = medians(ppo_phases(c, dtype), rounds)
-    print(f"  PPO, 32 x (64 + 64) tokens, 4 epochs: {sampled + scored + learned:.2f} s = generation {sampled:.2f} "
-          f"({32 * 64 / sampled:,.0f} tokens/s) + scoring {scored:.2f} + update {learned:.2f}")
+def rlhf(c, dtype, stage, rounds):
+    """Each alone, with the peak RSS of rank 0. A larger model replies to fewer prompts, and learns from them once."""
+    cpu = torch.device("cpu")
+    zero.print0(f"{c.num_parameters():,} parameters, a step of 8 rows or pairs of 256 tokens, every token counted once")
+    for name, (build, tokens) in later_steps(c, dtype, stage).items():
+        held()
+        step = build()
+        [seconds] = medians([step], rounds)
+        zero.print0(f"  {name:<23} {tokens / seconds:>7,.0f} tokens/s  {1e3 * seconds:8.1f} ms  "
+                    f"{zero.peak_memory(cpu) / 1e9:.2f} GB")
+        del step
+    rows, epochs = (32, 4) if c.num_parameters() < 5e7 else (8, 1)
+    held()
+    phases = ppo_phases(c, dtype, stage, rows, epochs)
+    sampled, scored, learned = medians(phases, rounds)
+    zero.print0(f"  PPO, {rows} x (64 + 64) tokens, {epochs} epochs: {sampled + scored + learned:.2f} s = generation {sampled:.2f} "
+                f"({rows * 64 / sampled:,.0f} tokens/s) + scoring {scored:.2f} + update {learned:.2f}  "
+                f"{zero.peak_memory(cpu) / 1e9:.2f} GB")
 
 
 @torch.no_grad()
@@ -337,30 +399,7 @@ def zero_main(args):
                     f"{seconds / times['FSDP2']:.2f} x FSDP2")
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shape", choices=SHAPES, default="tiny")
-    parser.add_argument("--rounds", type=int, help="default: 7, with --zero 21")
-    parser.add_argument("--threads", type=int, default=0)
-    parser.add_argument("--compile", action="store_true")
-    parser.add_argument("--nanogpt", default="", metavar="DIR", help="a checkout, to be timed in turn")
-    parser.add_argument("--training", action="store_true", help="no generation")
-    parser.add_argument("--rlhf", action="store_true")
-    parser.add_argument("--zero", action="store_true")
-    parser.add_argument("--bits", default="", metavar="FOLDER", help="a checkpoint, in 32, 16 and 8 bits")
-    parser.add_argument("--text", default="out/data/heldout.jsonl", help="with --bits: its loss is measured on this")
-    parser.add_argument("--dtype", default="fp32", choices=["fp32", "bf16"])
-    parser.add_argument("--memory", default="")
-    args = parser.parse_args()
-    args.rounds = args.rounds or (21 if args.zero else 7)
-    if args.zero:
-        return zero_main(args)
-    zero.setup(zero.BaseConfig(threads=args.threads))
-    if args.bits:
-        return fewer_bits(args.bits, args.text, args.rounds)
-    if args.rlhf:
-        return rlhf(args.rounds)
-    c, rows, tokens = SHAPES[args.shape]
+def time_training(args, c, rows, tokens):
     print(f"training, {args.shape}: {c.num_parameters():,} parameters, {rows} x {tokens} tokens a step")
     for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
         bare, flops = bare_step(c, rows, tokens, dtype)
@@ -375,15 +414,58 @@ def main():
         for kind, ours in zip(steps, times):
             print(f"  {kind:<17}: {rows * tokens / ours:>9,.0f} tokens/s  {1e3 * ours:7.1f} ms = {ours / limit:.2f} x the "
                   f"bare products; {flops / ours / peak:.0%} of the peak of {peak / 1e9:,.0f} GFLOP/s")
-    if args.training or c.max_position_embeddings < 192:  # no room for the replies
-        return
-    print("generation with cache, prompt 64, 128 new tokens, greedy")
+
+
+def time_generation(args, c):
+    print(f"generation with cache, prompt {args.prompt}, 128 new tokens, greedy")
+    contestants = [decoding, bare_decoding]
+    if importlib.util.find_spec("transformers"):
+        contestants.append(their_decoding)
     for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
-        for batch in (1, 32):
-            pair = [function(c, batch, 64, 128, dtype) for function in (decoding, bare_decoding)]
+        for batch in (1, 16, 32):
+            built = [function(c, batch, args.prompt, 128, dtype) for function in contestants]
             with torch.no_grad():
-                ours, limit = medians(pair, args.rounds)
-            print(f"  {name}, {batch:>2} rows: {batch * 128 / ours:>6,.0f} tokens/s, {limit / ours:.0%} of the products")
+                ours, limit, *theirs = medians(built, args.rounds)
+            beside = "".join(f", transformers {batch * 128 / seconds:,.0f}" for seconds in theirs)
+            print(f"  {name}, {batch:>2} rows: {batch * 128 / ours:>6,.0f} tokens/s, {limit / ours:.0%} of the products{beside}")
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shape", choices=SHAPES, help="default: tiny, with --rlhf small")
+    parser.add_argument("--rounds", type=int, help="default: 7, with --zero 21")
+    parser.add_argument("--threads", type=int, default=0)
+    parser.add_argument("--compile", action="store_true")
+    parser.add_argument("--nanogpt", default="", metavar="DIR", help="a checkout, to be timed in turn")
+    parser.add_argument("--only", default="", choices=["training", "generation"])
+    parser.add_argument("--prompt", type=int, default=64, help="its tokens, in generation")
+    parser.add_argument("--sizes", action="store_true")
+    parser.add_argument("--rlhf", action="store_true")
+    parser.add_argument("--stage", type=int, default=0, choices=range(4), help="of ZeRO, with --rlhf")
+    parser.add_argument("--zero", action="store_true")
+    parser.add_argument("--bits", default="", metavar="FOLDER", help="a checkpoint, in 32, 16 and 8 bits")
+    parser.add_argument("--text", default="out/data/heldout.jsonl", help="with --bits: its loss is measured on this")
+    parser.add_argument("--dtype", choices=["fp32", "bf16"], help="default: fp32, with --rlhf and --sizes bf16")
+    parser.add_argument("--memory", default="")
+    args = parser.parse_args()
+    args.rounds = args.rounds or (21 if args.zero else 7)
+    args.dtype = args.dtype or ("bf16" if args.rlhf or args.sizes else "fp32")
+    args.shape = args.shape or ("small" if args.rlhf else "tiny")
+    dtype = zero.DTYPES[args.dtype]
+    if args.zero:
+        return zero_main(args)
+    zero.setup(zero.BaseConfig(threads=args.threads, dtype=args.dtype, zero=args.stage))
+    if args.sizes:
+        return sizes(dtype, args.rounds)
+    if args.bits:
+        return fewer_bits(args.bits, args.text, args.rounds)
+    c, rows, tokens = SHAPES[args.shape]
+    if args.rlhf:
+        return rlhf(c, dtype, args.stage, args.rounds)
+    if args.only != "generation":
+        time_training(args, c, rows, tokens)
+    if args.only != "training" and c.max_position_embeddings >= args.prompt + 128:  # room for the replies
+        time_generation(args, c)
 
 
 if __name__ == "__main__":
