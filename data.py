@@ -87,7 +87,10 @@ def read_json(paths: str):
                 value = json.loads(part)
             except json.JSONDecodeError as error:
                 line = number + error.lineno - 1
-                raise SystemExit(f"{path}:{line}: not valid JSON ({error.msg}); mend that line")
+                mend = "mend that line"
+                if not path.endswith((".json", ".jsonl")):
+                    mend = "a .json or .jsonl file is needed"
+                raise SystemExit(f"{path}:{line}: not valid JSON ({error.msg}); {mend}")
             if "\\ud" in part.lower():  # half an emoji is no Unicode and could not be written again
                 whole = json.dumps(value, ensure_ascii=False).encode("utf-8", "replace")
                 value = json.loads(whole)
@@ -308,8 +311,9 @@ def merged(word: list[int], pair: tuple[int, int], new: int) -> list[int]:
     return tokens
 
 
-def train_bpe(texts, vocab_size: int, pattern: str = PATTERN) -> list[tuple[int, int]]:
-    """Byte-pair encoding (D4 2.3.2; Sennrich 2016): the merges, in order, as pairs of token ids.
+def train_bpe(texts, vocab_size: int) -> list[tuple[int, int]]:
+    """Byte-pair encoding (D4 2.3.2; Sennrich 2016): the merges, in order, as pairs of token ids,
+    for a vocabulary of this size without special tokens.
 
     Ids 0-255 are the bytes, 256 + i is the i-th merge. Pair counts are kept up to date instead of
     recounted: a merge touches only the words that contain its pair. Ties go to the smaller ids, so
@@ -317,7 +321,7 @@ def train_bpe(texts, vocab_size: int, pattern: str = PATTERN) -> list[tuple[int,
     """
     counts = Counter()
     for text in texts:
-        counts.update(regex.findall(pattern, text))
+        counts.update(regex.findall(PATTERN, text))
     words = [list(word.encode("utf-8", "replace")) for word in counts]
     weights = list(counts.values())
     pairs = Counter()  # how often a pair occurs
@@ -507,7 +511,7 @@ class Tokenizer:
                                           special_tokens=self.ids)
 
     @classmethod
-    def from_merges(cls, merges, pattern: str = PATTERN):
+    def from_merges(cls, merges):
         """The tokenizer of train_bpe's merges, the special tokens behind them."""
         names = byte_letters()  # of the pieces: first the bytes, then each merge
         for left, right in merges:
@@ -518,7 +522,7 @@ class Tokenizer:
                  for i, special in enumerate(SPECIALS, len(names))]
         level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True,
                  "use_regex": False}
-        split = {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated",
+        split = {"type": "Split", "pattern": {"Regex": PATTERN}, "behavior": "Isolated",
                  "invert": False}
         steps = {"type": "Sequence", "pretokenizers": [split, level]}
         return cls({"version": "1.0", "added_tokens": added, "pre_tokenizer": steps,
@@ -712,14 +716,14 @@ def render(messages, tokenizer, template: str | None = None,
     return ids, mask
 
 
-def trained(rows) -> int:
+def target_count(rows) -> int:
     """Number of target tokens: what a row's first token would be is never predicted."""
     return sum(sum(mask[1:]) for _, mask in rows)
 
 
 def read_rows(paths, tokenizer, turns: str = "all", context: int = 256) -> tuple:
     """(ids, mask) of every conversation, cut to `context` tokens; the task of each, its "task" or
-    "family" if it tells one; in words their lengths, and what was cut or dropped and why.
+    "family", or "none"; in words their lengths, and what was cut or dropped and why.
 
     turns "all" is D0's way (4.2.2); it calls two unreasonable: "last", which loses what the earlier
     replies teach, and "split", a row for each reply with all that stands before it, which computes
@@ -735,16 +739,16 @@ def read_rows(paths, tokenizer, turns: str = "all", context: int = 256) -> tuple
             ids, mask = render(record["messages"][:stop], tokenizer, turns=turns)
             lengths.append(len(ids))
             row = ids[:context], mask[:context]
-            if trained([row]):
+            if target_count([row]):
                 rows.append(row)
-                tasks.append(str(record.get("task") or record.get("family") or ""))
+                tasks.append(str(record.get("task") or record.get("family") or "none"))
     if not lengths:
         raise SystemExit(f"{paths}: no record holds a reply; known: {KNOWN}; the last one has "
                          f"{', '.join(sorted(set(record) - {'messages'}))}")
     if not rows:
         raise SystemExit(f"{paths}: no conversation has a reply within --context {context}")
     lengths.sort()
-    share = trained(rows) / sum(len(ids) for ids, _ in rows)
+    share = target_count(rows) / sum(len(ids) for ids, _ in rows)
     longer = sum(n > context for n in lengths)
     told = (f"{paths}: {len(lengths):,} rows of {lengths[0]} to {lengths[-1]} tokens, half of them "
             f"of at most {lengths[len(lengths) // 2]}; {longer:,} cut to --context {context}; "
@@ -777,8 +781,8 @@ def pad_rows(rows, pad: int, more: int = 0) -> tuple[torch.Tensor, torch.Tensor]
     return torch.from_numpy(padded), torch.tensor(lengths)
 
 
-def collate(rows, pad: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Rows of (ids, mask) → input_ids and targets, both (B, T).
+def collate(rows, pad: int, device="cpu") -> tuple[torch.Tensor, torch.Tensor]:
+    """Rows of (ids, mask) → input_ids and targets, both (B, T), on the device.
 
     targets[b, t] = ids[b][t+1] where its mask is 1, else IGNORE: the one place that shifts.
     Padding stands on the right, where causal attention never looks. No rows give one row without
@@ -789,7 +793,7 @@ def collate(rows, pad: int) -> tuple[torch.Tensor, torch.Tensor]:
     mask, _ = pad_rows([mask for _, mask in rows], 0, more=1)
     input_ids = ids[:, :-1]
     targets = ids[:, 1:].masked_fill(mask[:, 1:] == 0, IGNORE)
-    return input_ids, targets
+    return input_ids.to(device), targets.to(device)
 
 
 def show(rows, tokenizer) -> str:
@@ -880,7 +884,8 @@ def filled(groups, cfg) -> float:
 
 
 def read_parts(paths: str, part, each) -> list[list[str]]:
-    """The share `part` of all documents, or of each file's; where there is one, of its text."""
+    """Documents from share part[0] to part[1] of the whole (of each file, if `each`); of a single
+    document, of its characters."""
     found = []
     for group in paths.split(",") if each else [paths]:
         texts = read_texts(group)
@@ -1532,6 +1537,9 @@ def scored_pairs(predictions: str, references: str = "") -> list[tuple[str, str]
     pairs = []
     for (where, record), (there, other) in zip(records, others):
         said = record.get("prediction", record.get("messages"))
+        if said is None:
+            raise SystemExit(f'{where}: no "prediction" and no "messages" that end with a reply; '
+                             "model.py FOLDER --prompts FILE writes such a file")
         said = said if isinstance(said, str) else transcript(said, where)[-1]["content"]
         meant = [other[name] for name in ("reference", "answer", "output") if other.get(name)]
         if references and not meant:
@@ -2312,6 +2320,8 @@ def print_stats(paths, tokenizer):
 
 
 def main():
+    if hasattr(sys.stdout, "reconfigure"):  # a notebook's has not; a terminal may know no Chinese
+        sys.stdout.reconfigure(errors="replace")
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     flag = parser.add_argument

@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from data import Tokenizer, collate, epoch_rows, filled, fit, my_micro_batches, read_comparisons
 from data import render
 from model import load_model, save_model, token_logprobs, tune, weight_files
-from zero import AdamW, Run, Sharded, TuneConfig, all_sum, everywhere, keyed_seed, launch, lr_at
+from zero import Run, Sharded, TuneConfig, all_sum, everywhere, keyed_seed, launch, lr_at
 from zero import optimizer_of, print0, print_held, setup
 
 
@@ -75,7 +75,7 @@ def pairs_of(record, count, seed, misplaced=1.0) -> list[tuple[str, str]]:
     order = {}  # pair: what the pairs are sorted by
     for chosen, high, hot in usable:
         for rejected, low, hot_too in usable:
-            if high == max(scores) > low:
+            if high == max(scores) > low and chosen != rejected:
                 drawn = keyed_seed(seed, chosen, rejected)
                 order[chosen, rejected] = (hot or hot_too, drawn)
     return sorted(order, key=order.get)[:count]
@@ -95,8 +95,8 @@ def pair_rows(record, pair, tokenizer, context) -> list[tuple[list[int], list[in
 def sequence_logprobs(model, pairs, tokenizer, device):
     """Chosen and rejected (P,) in one forward: log-probabilities of the replies, summed."""
     rows = sum(pairs, [])  # chosen, rejected, chosen, rejected, …
-    input_ids, targets = collate(rows, tokenizer.pad)  # (2P, T); of no rows (1, T)
-    logprobs = token_logprobs(model, input_ids.to(device), targets.to(device))
+    batch = collate(rows, tokenizer.pad, device)  # (2P, T) each; of no rows (1, T)
+    logprobs = token_logprobs(model, *batch)
     sums = logprobs.sum(-1)[: len(rows)]
     return sums.view(-1, 2).T
 
@@ -107,13 +107,6 @@ def in_parts(pairs, known, cfg):
     lengths = [2 * max(len(ids) for ids, _ in pair) for pair in pairs]
     for part in my_micro_batches(lengths, cfg.micro_tokens):
         yield [pairs[i] for i in part], [known[i] for i in part]
-
-
-def open_policy(cfg, device, dtype) -> AdamW:
-    """The model that is trained."""
-    model = load_model(cfg.init)
-    tune(model, cfg.tune, cfg.tune_size, cfg.alpha, cfg.init)
-    return optimizer_of(model, cfg, device, dtype)
 
 
 @torch.no_grad()
@@ -175,21 +168,21 @@ def main(cfg):
         files += weight_files(cfg.reference)
     run = Run(cfg, steps, inputs=files)
     lengths = [[len(ids) - 1 for ids, _ in pair] for pair in pairs[:trained]]
-    real = filled(lengths, cfg)
-    print0(f"{trained} pairs, {held} held out; {real:.0%} of the tokens computed are real")
-    # 2. models: the policy, and what the reference says of every pair
-    if cfg.tune == "lora" and not cfg.reference:  # the policy, whose LoRA is still zero
-        optimizer = open_policy(cfg, device, dtype)
-        reference = reference_logprobs(optimizer, pairs, tokenizer, cfg, device)
-    else:  # a second model, let go before the policy is there
+    print0(f"{trained} pairs, {held} held out; {filled(lengths, cfg):.0%} of all tokens are real")
+    # 2. models: what the reference says of every pair, and the policy
+    shared = cfg.tune == "lora" and not cfg.reference  # the policy's base is the reference
+    if not shared:  # a second model, let go before the policy is there
         frozen = load_model(cfg.reference or cfg.init).requires_grad_(False)
         sharded = Sharded(frozen, cfg.zero, dtype, device)
         print_held("reference", sharded)
         reference = reference_logprobs(sharded, pairs, tokenizer, cfg, device)
         del frozen, sharded
-        optimizer = open_policy(cfg, device, dtype)
-    model = optimizer.model
+    model = load_model(cfg.init)
+    tune(model, cfg.tune, cfg.tune_size, cfg.alpha, cfg.init)
+    optimizer = optimizer_of(model, cfg, device, dtype)
     print_held("policy", optimizer)
+    if shared:  # its LoRA is still zero
+        reference = reference_logprobs(optimizer, pairs, tokenizer, cfg, device)
 
     # 3. loop
     for step in range(run.resume(model=optimizer), steps):
@@ -206,7 +199,7 @@ def main(cfg):
         if step == 0 and cfg.reference in ("", cfg.init):
             print0(f"first loss {means[0]:.4f}, expected {math.log(2):.4f} (ln 2)")
         tokens = sum(len(ids) for pair in batch for ids, _ in pair)
-        run.log(step, units=tokens, **dict(zip(METRICS, means)), grad_norm=norm, lr=lr)
+        run.log(step, tokens=tokens, **dict(zip(METRICS, means)), grad_norm=norm, lr=lr)
         run.boundary(step, model=optimizer)
 
     # 4. judge on what was held out, or on all

@@ -8,7 +8,8 @@
 Llama's architecture under Hugging Face's names, so that a checkpoint is an ordinary Hugging Face
 folder: RMSNorm, rotary positions, grouped-query attention, SwiGLU; Qwen2's query-key-value bias and
 Qwen3's query-key norm by `model_type`; Mistral is Llama in a context of its window. Shapes in
-comments: B rows, T tokens, C = hidden_size, H heads, K key-value heads, D head_dim, V vocabulary.
+comments: B rows, T tokens, C = hidden_size, H heads, K key-value heads, D head_dim, V vocabulary,
+S keys that a token may look at, P positions.
 
 The documents draw attention without a causal mask, heads or batch (D4 2.2); here the mask is the
 point: position t reads positions <= t only, which makes next-token prediction an honest task (CLM,
@@ -127,47 +128,9 @@ class RMSNorm(nn.Module):
         return norm(x, self.weight, self.eps)
 
 
-ROPES = {  # rope_type: its numbers, ... where config.json has to say them
-    "default": {},
-    "linear": {"factor": ...},  # arXiv 2306.15595
-    "llama3": {"factor": ..., "original_max_position_embeddings": ..., "low_freq_factor": ...,
-               "high_freq_factor": ...},
-    "yarn": {"factor": ..., "original_max_position_embeddings": ..., "beta_fast": 32,
-             "beta_slow": 1, "attention_factor": None}}  # arXiv 2309.00071
-
-
-def rope_frequencies(config: ModelConfig) -> tuple[torch.Tensor, float]:
-    """theta^(-2i/D), (D/2,), and what cos and sin are multiplied by. For a context `factor` times
-    as long as the one trained on, the slow ones are divided by it, the fast ones are not: fast by
-    how often they turn in that context (Llama 3), by a ramp over i (YaRN), or none (linear)."""
-    D = config.head_dim
-    frequencies = config.rope_theta ** (-torch.arange(0, D, 2).double() / D)
-    rope = config.rope_scaling
-    if not rope:
-        return frequencies, 1.0
-    slow = frequencies / rope["factor"]
-    if rope["rope_type"] == "linear":
-        return slow, 1.0
-    scale = 1.0
-    turns = rope["original_max_position_embeddings"] / (2 * math.pi)  # of the fastest
-    if rope["rope_type"] == "llama3":
-        low = rope["low_freq_factor"]
-        fast = (turns * frequencies - low) / (rope["high_freq_factor"] - low)
-    else:
-        per_log = D / 2 / math.log(config.rope_theta)  # pair i turns theta^(-2i/D) as often
-        first = max(math.floor(per_log * math.log(turns / rope["beta_fast"])), 0)
-        last = min(math.ceil(per_log * math.log(turns / rope["beta_slow"])), D - 1)
-        fast = 1 - (torch.arange(D // 2) - first).double() / max(last - first, 0.001)
-        scale = rope["attention_factor"]
-        if scale is None:
-            scale = 1 + 0.1 * math.log(max(rope["factor"], 1))
-    fast = fast.clamp(0, 1)
-    return frequencies * fast + slow * (1 - fast), scale
-
-
 def rope_table(config: ModelConfig) -> tuple[torch.Tensor, torch.Tensor]:
     """cos and ±sin of position · frequency, each (P, D) for P positions (RoFormer eq. 15)."""
-    frequencies, scale = rope_frequencies(config)
+    frequencies, scale = rope_frequencies(config)  # theta^(-2i/D), 1; a longer context changes both
     positions = torch.arange(round_up(config.max_position_embeddings, 8))  # as batches are padded
     angles = positions.double()[:, None] * frequencies  # (P, D/2)
     cos, sin = angles.cos() * scale, angles.sin() * scale
@@ -211,23 +174,22 @@ class Attention(nn.Module):
     def forward(self, x, cos, sin, mask, layer=0, cache=None):
         """x (B, T, C) → (B, T, C). A cache holds earlier tokens' keys and values of each layer."""
         B, T, _ = x.shape
-        q = self.q_proj(x).view(B, T, -1, self.head_dim)  # (B, T, H, D)
-        k = self.k_proj(x).view(B, T, -1, self.head_dim)  # (B, T, K, D)
-        v = self.v_proj(x).view(B, T, -1, self.head_dim)
+        q = self.q_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, H, T, D)
+        k = self.k_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, K, T, D)
+        v = self.v_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)
         if hasattr(self, "q_norm"):
             q = self.q_norm(q)
             k = self.k_norm(k)
         turn = fast_rotate if FAST else rotate
-        plain = q.transpose(1, 2)
-        q = turn(plain, cos, sin)  # (B, H, T, D)
-        k = turn(k.transpose(1, 2), cos, sin)  # (B, K, T, D)
-        v = v.transpose(1, 2)
+        unrotated = q  # what a prefix is looked up by
+        q = turn(q, cos, sin)
+        k = turn(k, cos, sin)
         if cache is not None:
             k, v = cache.append(layer, k, v)  # (B, K, S, D)
         attention = fast_attention if FAST else attention_formula
         y = attention(q, k, v, mask)  # (B, H, T, D)
         if hasattr(self, "prefix"):
-            y = y + self.prefix(plain)
+            y = y + self.prefix(unrotated)
         return self.o_proj(y.transpose(1, 2).reshape(B, T, -1))
 
 
@@ -273,8 +235,8 @@ class Decoder(nn.Module):
         self.tables = {}  # (device, dtype) → cos, sin: no buffers, a state dict is parameters only
 
     def forward(self, input_ids, cache=None):
-        """With a cache, in generation, rows are padded on the left and go on where it ends; in
-        training on the right, where the causal mask hides it: no padding mask is needed."""
+        """Training pads on the right, where the causal mask hides it: no padding mask is needed.
+        Generation passes a cache and pads on the left; input_ids follow what the cache holds."""
         front = self.prompt_ids if cache is None else []  # in generation they are in the prompts
         if front:
             ids = torch.tensor(front, device=input_ids.device).expand(len(input_ids), -1)
@@ -351,7 +313,7 @@ class CausalLM(nn.Module):
 
 class ScalarModel(nn.Module):
     """One number per token (B, T): the reward model's is read at <|reward|> (D2 第4节), the value
-    model's everywhere. Zero at first: the first Bradley-Terry loss is ln 2, the first value 0."""
+    model's everywhere. A new head is zero: then the first Bradley-Terry loss is ln 2."""
 
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -376,8 +338,15 @@ def must_score(model, folder):
                          "one")
 
 
+def score_norm(folder) -> tuple[float, float]:
+    """Mean and spread of a reward model's held-out scores; 0 and 1 where they are not known."""
+    path = Path(folder) / "eval.json"
+    seen = read_object(path) if path.exists() else {}
+    return seen.get("score_mean", 0.0), max(seen.get("score_std", 1.0), 1e-3)
+
+
 def initialize(model: nn.Module):
-    """GPT-2's: N(0, 0.02), and the two projections into the residual stream by √(2·layers) less."""
+    """GPT-2's: N(0, 0.02), the two projections into the residual stream divided by √(2·layers)."""
     for name, parameter in model.named_parameters():
         if parameter.dim() >= 2:
             std = 0.02
@@ -518,8 +487,8 @@ class LoRA(Adopted):
 
 @contextmanager
 def untuned(model):
-    """For a while a model with LoRA is its base: in PPO its own reference. Another model is what it
-    is."""
+    """Within it a model with LoRA computes what its base does (PPO's reference); another model is
+    unchanged."""
     layers = [module for module in model.modules() if isinstance(module, LoRA)]
     for layer in layers:
         layer.on = False
@@ -810,9 +779,9 @@ def sample(logits, temperature, top_p, uniform):
         probs, order = probs.sort(dim=-1, descending=True)
         before = probs.cumsum(-1) - probs  # so the token that crosses top_p stays in
         probs = probs.masked_fill(before > top_p, 0.0)
-    total = probs.cumsum(-1)
-    # the sum need not be 1: what is drawn is scaled to it, so that a token of no weight never is
-    new = torch.searchsorted(total, (uniform[:, None] * total[:, -1:]).to(total.dtype))
+    cumulative = probs.cumsum(-1)  # ends below 1 (top_p, rounding): the draw is scaled to its end
+    drawn = (uniform[:, None] * cumulative[:, -1:]).to(cumulative.dtype)
+    new = torch.searchsorted(cumulative, drawn)
     return (order.gather(-1, new) if top_p < 1 else new)[:, 0]
 
 
@@ -969,6 +938,44 @@ def weight_files(folder) -> list[Path]:
     return files
 
 
+ROPES = {  # rope_type: its numbers, ... where config.json has to say them
+    "default": {},
+    "linear": {"factor": ...},  # arXiv 2306.15595
+    "llama3": {"factor": ..., "original_max_position_embeddings": ..., "low_freq_factor": ...,
+               "high_freq_factor": ...},
+    "yarn": {"factor": ..., "original_max_position_embeddings": ..., "beta_fast": 32,
+             "beta_slow": 1, "attention_factor": None}}  # arXiv 2309.00071
+
+
+def rope_frequencies(config: ModelConfig) -> tuple[torch.Tensor, float]:
+    """Radians a position of each pair, theta^(-2i/D) (D/2,), and a factor for cos and sin. In a
+    context `factor` times the trained one slow pairs turn `factor` times slower, fast ones as ever:
+    fast by their turns in the trained context (Llama 3), by a ramp over i (YaRN); linear: none."""
+    D = config.head_dim
+    frequencies = config.rope_theta ** (-torch.arange(0, D, 2).double() / D)
+    rope = config.rope_scaling
+    if not rope:
+        return frequencies, 1.0
+    slow = frequencies / rope["factor"]
+    if rope["rope_type"] == "linear":
+        return slow, 1.0
+    scale = 1.0
+    turns = rope["original_max_position_embeddings"] / (2 * math.pi)  # of the fastest
+    if rope["rope_type"] == "llama3":
+        low = rope["low_freq_factor"]
+        fast = (turns * frequencies - low) / (rope["high_freq_factor"] - low)
+    else:
+        per_log = D / 2 / math.log(config.rope_theta)  # pair i turns theta^(-2i/D) as often
+        first = max(math.floor(per_log * math.log(turns / rope["beta_fast"])), 0)
+        last = min(math.ceil(per_log * math.log(turns / rope["beta_slow"])), D - 1)
+        fast = 1 - (torch.arange(D // 2) - first).double() / max(last - first, 0.001)
+        scale = rope["attention_factor"]
+        if scale is None:
+            scale = 1 + 0.1 * math.log(max(rope["factor"], 1))
+    fast = fast.clamp(0, 1)
+    return frequencies * fast + slow * (1 - fast), scale
+
+
 def read_rope(raw: dict, path) -> dict:
     """rope_theta and rope_scaling of a config.json: the latter as transformers 4 writes it, or 5
     (rope_parameters). It must say all that its type needs, and nothing else."""
@@ -1051,7 +1058,8 @@ def load_model(folder, kind=CausalLM, device="cpu", dtype=torch.float32):
         torch.utils.swap_tensors(parameter, filled)  # the same object, so that tied stays tied
     for name in weights.keys() - parameters.keys():  # such as biases: without them it is not it
         if name != "lm_head.weight" and not name.endswith("rotary_emb.inv_freq"):
-            raise SystemExit(f"{folder}: has {name}, which a {kind.__name__} of ours does not")
+            hint = " (a reward model?)" if name == "score.weight" else ""
+            raise SystemExit(f"{folder}: has {name}{hint}, which our {kind.__name__} lacks")
     return model
 
 
@@ -1209,9 +1217,12 @@ def merge(data, argv):
     model = load_model(args.folder)
     tune(model, "full", 0, 0.0)  # refuses what can't be merged
     save_model(args.out, model, tokenizer=data.Tokenizer.load(args.folder))
+    print(f"{args.out}: {model.config.num_parameters():,} parameters")
 
 
 def main(data):
+    if hasattr(sys.stdout, "reconfigure"):  # a notebook's has not; a terminal may know no Chinese
+        sys.stdout.reconfigure(errors="replace")
     if sys.argv[1:2] == ["merge"]:
         return merge(data, sys.argv[2:])
     parser = argparse.ArgumentParser(description="Chat with a checkpoint (/new forgets what was "
@@ -1234,7 +1245,8 @@ def main(data):
     add("--seed", type=int, default=0)
     args = parser.parse_args()
     if args.folder:
-        model = load_model(args.folder)
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        model = load_model(args.folder, device=device)
         if args.bits < 32:
             size = lighten(model, args.bits)
             print(f"{size / 1e6:,.1f} MB of weights", file=sys.stderr)
@@ -1249,7 +1261,7 @@ def main(data):
 
 # ==================================================================================================
 # The same functions, faster: what runs where FAST is True. Each equals the lines quoted above it,
-# in value and in gradient. What a gradient by hand takes from a training step on 2 cores (tiny,
+# in value and in gradient. What the handwritten gradients save of a training step on 2 cores (tiny,
 # small and char of tests/bench.py): the norm's 2 to 13 %, the rotation's up to 4 %; that of the
 # log-probabilities more the larger V is (at 2,048 rows and V = 50,304 in fp32 the head takes 1.1
 # times as long as its three products, by the formula 1.2 times), and memory: 468 MB, not 1,248.
@@ -1291,8 +1303,8 @@ class Normalize(torch.autograd.Function):
         return grad_x, product.flatten(0, -2).sum(0), None
 
 
-# a, b = x.chunk(2, dim=-1)
-# x * cos + torch.cat([b, a], -1) * sin
+# swapped = x.roll(x.shape[-1] // 2, dims=-1)
+# x * cos + swapped * sin
 
 
 def fast_rotate(x, cos, sin):
@@ -1332,8 +1344,7 @@ def fast_int8(x, codes, scale):
 # (q @ k.transpose(-2, -1) / math.sqrt(D) + mask).softmax(-1) @ v
 
 def fast_attention(q, k, v, mask):
-    # on a CPU torch's kernel is slower up to 256 tokens (its backward in bf16 by a factor), but not
-    # for a single one
+    # on a CPU torch's kernel is the slower one up to 256 tokens, but not for a single one
     B, _, T, _ = q.shape
     short = q.device.type == "cpu" and 1 < B * T and T <= 256
     return (attention_grouped if short else attention_fused)(q, k, v, mask)

@@ -7,17 +7,15 @@
 Documents: D0 4.2.3 (2), D2 第5节, D3 第4节, D4 3.5.2; Schulman et al. 2017, InstructGPT (2022).
 Four models (D0): policy (actor) and value model (critic) are trained, reference and reward model
 frozen. Where the documents are loose: only the policy samples, the reference scores its tokens; a
-token's reward is the price of its KL to the reference, at the last one plus the reward model's
-score; the critic is no part of it, it estimates returns and enters by the advantage; RL data are
-prompts only; replies are drawn from the distribution that is scored (T=1). Every further detail is
-a flag, so that one can see what it does by switching it off.
+token's reward is minus the price of its KL to the reference, at the last one plus the reward
+model's score; the critic is no part of it, it estimates returns and enters by the advantage; RL
+data are prompts only; replies are drawn from the distribution that is scored (T=1). Every further
+detail is a flag, so that one can see what it does by switching it off.
 Expect: first ratio 1 and first KL 0; the score rises while KL stays below a nat a reply.
 """
 
-import json
 import time
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal
 
 import numpy as np
@@ -27,7 +25,7 @@ import torch.distributed as dist
 from data import Tokenizer, Tokens, collate, epoch_rows, gold_score, my_micro_batches, pad_rows
 from data import read_prompts, render
 from model import CausalLM, ScalarModel, generate, load_model, must_score, save_model
-from model import token_logprobs, tune, untuned, weight_files, widen
+from model import score_norm, token_logprobs, tune, untuned, weight_files, widen
 from zero import Run, Sharded, TuneConfig, all_sum, everywhere, in_shares, keyed_seed, launch, lr_at
 from zero import optimizer_of, prepared, print0, print_held, setup
 
@@ -38,7 +36,7 @@ class Config(TuneConfig):
     reward: str = "out/reward"  # the reward model
     out: str = "out/ppo"  # folder of this run
     prompts: str = "out/data/prompts.jsonl"  # conversations; a last reply is cut off
-    val_fraction: float = 0.1  # how much of the end of --prompts is held out, to score replies to
+    val_fraction: float = 0.1  # how much of the end of --prompts is held out; 256 at most
     steps: int = 48  # iterations: rollout, then update
     batch_size: int = 128  # replies per iteration over all processes
     max_new_tokens: int = 64
@@ -49,7 +47,7 @@ class Config(TuneConfig):
     warmup: float = 0.1  # share of the steps in which the learning rates rise
     weight_decay: float = 0.0
     kl_coef: float = 0.05  # price of one nat of log π / π_ref, in units of the normalized score
-    kl_target: float = 0.0  # nats a reply that the price is adapted to, from step to step; 0: fixed
+    kl_target: float = 0.0  # nats a reply; the price is adapted after each step to reach it; 0: not
     kl_estimator: Literal["k1", "k3"] = "k1"  # of the KL that a token pays for
     max_kl: float = 20.0  # nats a reply at which the run ends, with its last good weights; 0: never
     advantage: Literal["gae", "reinforce"] = "gae"  # reinforce: each token gets the reply's return
@@ -64,7 +62,7 @@ class Config(TuneConfig):
     missing_end_score: float = -1.0
     replies: int = 1  # to each prompt; --batch-size counts replies
     entropy_coef: float = 0.0  # weight of the policy's entropy in its loss
-    stop_kl: float = 0.0  # nats a token from what replied: then no further pass; 0: all passes
+    stop_kl: float = 0.0  # nats a token from the policy that replied: no further pass; 0: all
     ptx_coef: float = 0.0  # weight of the loss on pretraining text (PPO-ptx); InstructGPT had 27.8
     ptx_data: str = "out/data/corpus.jsonl"  # that text
     ptx_rows: int = 6  # windows of it, of up to 128 tokens, per optimizer step
@@ -112,7 +110,7 @@ def gae(rewards, values, gamma, lam):
 
 
 def whiten(x):
-    """Mean 0 and variance 1 over all response tokens of the batch: their scale moves nothing."""
+    """Mean 0, variance 1 over all response tokens of a batch: the scores' scale moves nothing."""
     centred = x - x.mean()
     return centred * torch.rsqrt(x.var() + 1e-8) if len(x) > 1 else centred
 
@@ -170,17 +168,14 @@ def respond(policy, queries, seeds, tokenizer, cfg) -> list[Rollout]:
 
     with policy.gathered():  # one gather for the whole rollout: ranks end at different tokens
         everyone = in_shares(range(len(queries)), reply)
-    rollouts = []
-    for i, query in enumerate(queries):
-        rollouts.append(Rollout(query, everyone[i], everyone[i][-1] == end))
-    return rollouts
+    replies = [everyone[i] for i in range(len(queries))]
+    return [Rollout(query, ids, ids[-1] == end) for query, ids in zip(queries, replies)]
 
 
 def response_tokens(model, rollouts, tokenizer, device):
     """What a model says of the response tokens of some rollouts, flat (n,): a language model their
     log-probabilities, a scalar one values. A value stands before its token: it has not seen it."""
-    input_ids, targets = collate([r.row() for r in rollouts], tokenizer.pad)
-    input_ids, targets = input_ids.to(device), targets.to(device)
+    input_ids, targets = collate([r.row() for r in rollouts], tokenizer.pad, device)
     if isinstance(model, ScalarModel):
         return model(input_ids)[targets >= 0]
     return token_logprobs(model, input_ids, targets)[targets >= 0]
@@ -214,13 +209,12 @@ def experience(policy, value, reference, reward, rollouts, kl_coef, norm, tokeni
     mine = {}
     for part, members in in_parts(rollouts, cfg):
         sizes = [len(r.response) for r in members]
-        said = []
-        for sharded in (policy, value):
-            said.append(response_tokens(sharded.model, members, tokenizer, device))
+        logprobs = response_tokens(policy.model, members, tokenizer, device)
+        values = response_tokens(value.model, members, tokenizer, device)
         with untuned(reference.model):
-            said.append(response_tokens(reference.model, members, tokenizer, device))
-        said = [tokens.cpu().split(sizes) for tokens in said]
-        mine |= zip(part, zip(*said))
+            ref_logprobs = response_tokens(reference.model, members, tokenizer, device)
+        columns = [column.cpu().split(sizes) for column in (logprobs, values, ref_logprobs)]
+        mine |= zip(part, zip(*columns))
     everyone = everywhere(mine)
     scores = score_replies(reward, rollouts, norm, tokenizer, cfg, device)
     for i, r in enumerate(rollouts):
@@ -248,8 +242,8 @@ METRICS = ("policy_loss", "value_loss", "approx_kl", "clipfrac")  # approx_kl: o
 
 def entropies(model, rollouts, tokenizer, device):
     """The policy's entropy where it drew each response token, over the whole vocabulary: (n,)."""
-    input_ids, targets = collate([r.row() for r in rollouts], tokenizer.pad)
-    logits = model(input_ids.to(device))[targets.to(device) >= 0]
+    input_ids, targets = collate([r.row() for r in rollouts], tokenizer.pad, device)
+    logits = model(input_ids)[targets >= 0]
     logprobs = widen(logits).log_softmax(-1)
     return -(logprobs.exp() * logprobs).sum(-1)
 
@@ -261,11 +255,10 @@ def learn_text(policy, windows, tokenizer, cfg, device) -> float:
     count = sum(len(ids) - 1 for ids in windows)
     mine = 0.0
     for part in my_micro_batches([len(ids) for ids in windows], cfg.micro_tokens):
-        input_ids, targets = collate([rows[i] for i in part], tokenizer.pad)
-        logprobs = token_logprobs(policy.model, input_ids.to(device), targets.to(device))
-        loss = -logprobs.sum() / count
+        batch = collate([rows[i] for i in part], tokenizer.pad, device)
+        loss = -token_logprobs(policy.model, *batch).sum() / count
         policy.backward(cfg.ptx_coef * loss)
-        mine += float(loss.detach())
+        mine += loss.item()
     return mine
 
 
@@ -336,9 +329,9 @@ def update(policy, value, rollouts, text, step, tokenizer, cfg, device, rate) ->
 
 
 def summary(rollouts) -> dict:
-    """Means over rollouts: score, entropy per token, KL to the reference per reply by both
-    estimators, length, replies that end; and the share of the returns' variance that the value
-    model explains."""
+    """Means over rollouts: score, entropy per token (-log π of the samples estimates it), KL to the
+    reference per reply by both estimators, length, replies that end; and the share of the returns'
+    variance that the value model explains."""
     n = len(rollouts)
     logprobs = flat(rollouts, "logprobs")
     kl = logprobs - flat(rollouts, "ref_logprobs")
@@ -366,18 +359,16 @@ def open_models(cfg, device, dtype) -> dict:
     models = {}
     for name, frozen, folder, kind in (("policy", "reference", cfg.init, CausalLM),
                                        ("value", "reward", cfg.reward, ScalarModel)):
-        model = load_model(cfg.init if cfg.critic == "sft" else folder, kind)
-        if cfg.critic != "sft":
-            must_score(model, folder)
+        model = load_model(folder, kind)
+        must_score(model, folder)
+        if cfg.tune == "full":
+            models[frozen] = Sharded(model.requires_grad_(False), cfg.zero, dtype, device)
+            print_held(frozen, models[frozen])
+            model = load_model(cfg.init if cfg.critic == "sft" else folder, kind)
         tune(model, cfg.tune, cfg.tune_size, cfg.alpha, folder)
         models[name] = optimizer_of(model, cfg, device, dtype)
         print_held(name, models[name])
-        if cfg.tune == "full":
-            model = load_model(folder, kind).requires_grad_(False)
-            must_score(model, folder)
-            models[frozen] = Sharded(model, cfg.zero, dtype, device)
-            print_held(frozen, models[frozen])
-        else:
+        if cfg.tune != "full":
             models[frozen] = models[name]
             print0(f"{frozen:<10} is the {name} model without its LoRA: no bytes")
     return models
@@ -392,9 +383,8 @@ def open_text(cfg, tokenizer, context):
     return tokens.open(min(128, context - 1))
 
 
-def open_prompts(cfg, tokenizer, limit) -> list[dict]:
+def fitting(records, tokenizer, limit, cfg) -> list[dict]:
     """Records with their queries' "ids"; those that leave no room for a reply are dropped."""
-    records = read_prompts(cfg.prompts)
     for record in records:
         record["ids"], _ = render(record["messages"], tokenizer)
     kept = [r for r in records if len(r["ids"]) + cfg.max_new_tokens + 1 <= limit]
@@ -404,13 +394,6 @@ def open_prompts(cfg, tokenizer, limit) -> list[dict]:
     if not kept:
         raise SystemExit(f"{cfg.prompts}: no prompt fits {room}")
     return kept
-
-
-def score_norm(folder) -> tuple[float, float]:
-    """Mean and spread of the reward model's held-out scores; 0 and 1 where they are not known."""
-    path = Path(folder) / "eval.json"
-    seen = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    return seen.get("score_mean", 0.0), max(seen.get("score_std", 1.0), 1e-3)
 
 
 def judged(model, records, reward, norm, tokenizer, cfg, device) -> dict:
@@ -443,16 +426,15 @@ def diverged(metrics, most_ended, cfg) -> str:
     return ""
 
 
-def drawn(asked, step, cfg) -> tuple[list, list]:
+def drawn(queries, step, cfg) -> tuple[list, list]:
     """An iteration's queries, each --replies times, and a seed for each reply."""
-    prompts = epoch_rows(cfg.seed, step, max(1, cfg.batch_size // cfg.replies), len(asked))
-    queries = [asked[i] for i in prompts for _ in range(cfg.replies)]
-    return queries, [keyed_seed(cfg.seed, "rollout", step, row) for row in range(len(queries))]
+    chosen = epoch_rows(cfg.seed, step, max(1, cfg.batch_size // cfg.replies), len(queries))
+    asked = [queries[i] for i in chosen for _ in range(cfg.replies)]
+    return asked, [keyed_seed(cfg.seed, "rollout", step, row) for row in range(len(asked))]
 
 
-def train(models, asked, run, norm, tokenizer, cfg, device) -> str:
-    """The loop: the policy replies, four models look at the replies, policy and value model learn.
-    asked: queries. Returns why it ended before its time, with the last good weights; or ""."""
+def train(models, queries, run, norm, tokenizer, cfg, device) -> str:
+    """The loop. Returns why it ended before its time, with the last good weights; or ""."""
     policy, value = models["policy"], models["value"]
     text = open_text(cfg, tokenizer, policy.model.config.max_position_embeddings)
     first = run.resume(policy=policy, value=value)
@@ -463,7 +445,7 @@ def train(models, asked, run, norm, tokenizer, cfg, device) -> str:
     for step in range(first, cfg.steps):
         # 1. replies, and what the models say of them
         began = time.perf_counter()
-        rollouts = respond(policy, *drawn(asked, step, cfg), tokenizer, cfg)
+        rollouts = respond(policy, *drawn(queries, step, cfg), tokenizer, cfg)
         replied = time.perf_counter()
         experience(**models, rollouts=rollouts, kl_coef=kl_coef, norm=norm, tokenizer=tokenizer,
                    cfg=cfg, device=device)
@@ -473,7 +455,8 @@ def train(models, asked, run, norm, tokenizer, cfg, device) -> str:
             for unit, master in zip(policy.trained, good):
                 unit.master.copy_(master)
             policy.publish()
-            return f"iteration {step}: {why}"
+            kept = "the weights before it are kept" if good else "none before it are known"
+            return f"iteration {step}: {why}; {kept}"
         most_ended = max(most_ended, metrics["ended"])
         if cfg.max_kl:
             good = [unit.master.clone() for unit in policy.trained]
@@ -492,7 +475,7 @@ def train(models, asked, run, norm, tokenizer, cfg, device) -> str:
         said = sum(len(r.response) for r in rollouts)
         tokens = sum(len(r.query) for r in rollouts) + said
         metrics["rollout_rate"] = said / (replied - began)  # tokens of replies per second
-        run.log(step, units=tokens, **metrics, **losses, lr=cfg.lr * rate)
+        run.log(step, tokens=tokens, **metrics, **losses, lr=cfg.lr * rate)
         run.boundary(step, policy=policy, value=value)
     return ""
 
@@ -507,11 +490,12 @@ def main(cfg):
         raise SystemExit(f"{cfg.reward}: not {cfg.init}'s tokenizer and template; train from there")
     weights = [*weight_files(cfg.init), *weight_files(cfg.reward)]
     run = Run(cfg, cfg.steps, inputs=[*cfg.prompts.split(","), *weights])
+    records = read_prompts(cfg.prompts)  # before models: a broken file is told at once
     models = open_models(cfg, device, dtype)
     policy = models["policy"]
     # 2. data: prompts, the last of them held out
     limit = min(m.model.config.max_position_embeddings for m in models.values())
-    records = open_prompts(cfg, tokenizer, limit)
+    records = fitting(records, tokenizer, limit, cfg)
     held = min(256, int(len(records) * cfg.val_fraction), len(records) - 1)
     trained = len(records) - held
     norm = score_norm(cfg.reward) if cfg.normalize else (0.0, 1.0)
@@ -521,16 +505,16 @@ def main(cfg):
     queries = [r["ids"] for r in records[:trained]]
     stopped = train(models, queries, run, norm, tokenizer, cfg, device)
     if stopped:
-        print0(f"stopped at {stopped}; the weights before it are kept")
+        print0(f"stopped at {stopped}")
     # 4. judge: replies to the held-out prompts
     result = {"stopped": stopped} if stopped else {}
-    asked = (records[trained:], models["reward"], norm, tokenizer, cfg, device)
+    shared = (records[trained:], models["reward"], norm, tokenizer, cfg, device)
     if held:
         print0("replies before, with their scores:")
         with untuned(models["reference"].model):
-            before = judged(models["reference"], *asked)
+            before = judged(models["reference"], *shared)
         print0("replies after, with their scores:")
-        after = judged(policy, *asked)
+        after = judged(policy, *shared)
         result |= {f"{key} before": number for key, number in before.items()}
         result |= {f"{key} after": number for key, number in after.items()}
     # 5. save

@@ -1,6 +1,6 @@
 """Pretraining (预训练): a randomly initialised transformer learns to predict the next token.
 
-    python pretrain.py                                    the default world (make data makes it)
+    python pretrain.py --tokenizer out/data               the default world (make data makes it)
     python pretrain.py --data book.txt --out out/book     a file of your own, with its own tokenizer
     torchrun --nproc-per-node 2 pretrain.py --zero 3      the same batches on two processes
 
@@ -94,7 +94,7 @@ def own_tokenizer(cfg, split, inputs):
 def batch_of(windows, device):
     """Input ids and targets (B, T) of windows (T+1,); IGNORE behind a shorter one's end."""
     rows = [(ids, [1] * len(ids)) for ids in windows]
-    return [part.to(device) for part in collate(rows, pad=0)]
+    return collate(rows, 0, device)
 
 
 def nll_sum(model, windows, device):
@@ -170,7 +170,6 @@ def main(cfg):
     files += [f"{cfg.tokenizer}/tokenizer.json"] if cfg.tokenizer else []
     run = Run(cfg, cfg.steps, inputs=files)
     tokenizer, train, val = corpus(cfg, run.record["inputs"])
-    rank = dist.get_rank()
     per_step = cfg.batch_size * cfg.context  # target tokens
 
     # 2. model
@@ -195,14 +194,14 @@ def main(cfg):
                 partial = nll_sum(model, windows[part], device)
             partial = partial / per_step
             optimizer.backward(partial)
-            loss += float(partial.detach())
+            loss += partial.item()
         lr = lr_at(step, cfg.steps, cfg.lr, cfg.warmup, cfg.min_lr)
         norm = optimizer.step(lr)
         [loss] = all_sum(loss, device=device)
         if step == 0 and not cfg.init and not teacher:
             expected = expected_first_loss(model.config)
             print0(f"first loss {loss:.3f}, expected {expected:.3f} (ln V + C·σ²/2)")
-        run.log(step, units=per_step, loss=loss, grad_norm=norm, lr=lr)
+        run.log(step, tokens=per_step, loss=loss, grad_norm=norm, lr=lr)
         run.boundary(step, model=optimizer)
     for block in compiled:
         del block.forward  # what follows has rows of all lengths: each would be compiled
@@ -210,11 +209,11 @@ def main(cfg):
     # 4. judge
     with optimizer.gathered():
         result = evaluate(model, val, cfg, device)
-        if rank == 0:
+        if dist.get_rank() == 0:
             show_sample(model, val, tokenizer)
 
     # 5. save
-    save_model(cfg.out, model, optimizer.full_parameters(), rank == 0, tokenizer)
+    save_model(cfg.out, model, optimizer.full_parameters(), dist.get_rank() == 0, tokenizer)
     run.finish(**result)
     return result
 

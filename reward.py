@@ -33,9 +33,9 @@ from data import MORAL, Tokenizer, collate, distinct, epoch_rows, filled, fit, g
 from data import my_micro_batches, pad_rows, read_comparisons, read_json, read_prompts, read_texts
 from data import render, write_jsonl, write_text
 from model import ScalarModel, add_token, generate, load_model, must_score, save_model
-from model import token_logprobs, tune, weight_files
+from model import read_object, score_norm, token_logprobs, tune, weight_files
 from zero import BaseConfig, Run, Sharded, TuneConfig, all_sum, everywhere, in_shares, keyed_seed
-from zero import launch, lr_at, optimizer_of, print0, print_held, setup
+from zero import launch, let_print, lr_at, optimizer_of, print0, print_held, setup
 
 GREEDY = -1  # the number of a greedy reply; samples are counted from 0
 ASK = "best (2) or ranking (2>1=3; those not named are worst), s skip, b back, q quit: "
@@ -58,15 +58,19 @@ def sampled(sharded, prompts, keys, temperature, ends, cfg, purpose) -> dict:
 # ================================================================================ collecting
 
 @dataclass
-class CollectConfig(BaseConfig):
+class ReplyConfig(BaseConfig):
     init: str = "out/sft"  # the model that replies
     prompts: str = "out/data/prompts.jsonl"  # conversations; the gold judge needs an "answer" too
-    out: str = "out/comparisons.jsonl"  # file to write
     limit: int = 0  # use the first so many prompts; 0: all
     temperatures: str = "1,1,1,1.5,1.5"  # a sample per prompt and temperature
     foreign: int = 1  # replies to other prompts added to each, so that misplaced ones occur too
-    noise: float = 0.0  # share of the prompts that the gold judge ranks upside down: it errs
     max_new_tokens: int = 64
+
+
+@dataclass
+class CollectConfig(ReplyConfig):
+    out: str = "out/comparisons.jsonl"  # file to write
+    noise: float = 0.0  # share of the prompts that the gold judge ranks upside down: it errs
 
 
 def collect(cfg):
@@ -93,7 +97,7 @@ def collect(cfg):
 
 def replied(records, tokenizer, sharded, cfg, purpose) -> list[dict]:
     """The records with their different replies and what these are: "sample" (lowest temperature),
-    "hot" (above it: mistakes hardly made there) or "misplaced" (a reply to another prompt)."""
+    "hot" (a higher one: rarer mistakes) or "misplaced" (a reply to another prompt)."""
     prompts = [render(r["messages"], tokenizer)[0] for r in records]
     heats = sorted(float(heat) for heat in cfg.temperatures.split(","))
     end = tokenizer.end
@@ -135,7 +139,7 @@ def misplaced(records) -> list[list[int]]:
 
 
 @dataclass
-class LabelConfig(CollectConfig):
+class LabelConfig(ReplyConfig):
     out: str = "out/preferences.jsonl"  # file to write, and to go on with
     foreign: int = 0  # replies to other prompts added to each
     annotator: str = Path.home().name or "me"  # whose judgement it is
@@ -156,7 +160,8 @@ def label(cfg):
         said += [f"[{number}] {reply}" for number, reply in enumerate(record["replies"], 1)]
         print("", *said or ["no prompt is left"], sep="\n")
         try:
-            answer = normalize("NFKC", input(ASK)).strip()  # ２＞１ is 2>1
+            answer = input(ASK if count else "b back, else the end: ")
+            answer = normalize("NFKC", answer).strip()  # ２＞１ is 2>1
             if answer == "b":
                 at = max(0, at - 1)
             elif answer == "q" or not count:
@@ -260,8 +265,8 @@ def bradley_terry_loss(scores, labels):
 
 
 def squared_error(scores, labels):
-    """Sum of (score - label)² over N replies, scores, labels (N,): D3's "score error". It learns
-    where an annotator's zero lies as well, of which a difference on one prompt is free."""
+    """Sum of (score - label)² over N replies, scores, labels (N,): D3's "score error". It must also
+    learn where each annotator's zero lies, which a difference of two replies doesn't depend on."""
     return (scores - labels).square().sum()
 
 
@@ -285,8 +290,7 @@ def in_parts(groups, micro_tokens) -> list[list[int]]:
 def score_groups(model, groups, tokenizer, device) -> list:
     """Scores (N,) of each group of rows, in one forward over all of them; without groups one score
     of padding, for the other ranks wait for this one's forward."""
-    pad = tokenizer.pad
-    input_ids, lengths = pad_rows(sum(groups, []) or [[pad]], pad)
+    input_ids, lengths = pad_rows(sum(groups, []) or [[tokenizer.pad]], tokenizer.pad)
     scores = model.last(input_ids.to(device), lengths.to(device))
     return list(scores.split([len(rows) for rows in groups] or [1]))
 
@@ -303,7 +307,7 @@ def all_scores(model, groups, micro_tokens, tokenizer, device) -> list:
 
 
 def pair_kind(record, i, j) -> str:
-    """What the better reply i has before j: "safety", i is as it should be, j does harm or refuses
+    """Why reply i is better than j: "safety", i is as it should be, j does harm or refuses
     the harmless; "format", i is right, j a reply to something else; "both wrong"; else
     "right/wrong", with ", hot" if one of them is. Sources may be unknown."""
     sources = record.get("sources")
@@ -326,8 +330,8 @@ def kendall_tau(scores, labels):
 
 
 def calibration(margins) -> list[dict]:
-    """How often the reply with the higher score is the better one, beside σ(difference), which says
-    how likely that is: in bins of what was said. margins: score(better) - score(worse) of pairs."""
+    """How often the reply with the higher score is the better one, beside σ(difference), how likely
+    the scores call that, in bins of σ. margins: score(better) - score(worse) of pairs."""
     margins = np.array(margins)
     said = 1 / (1 + np.exp(-np.abs(margins)))  # of the higher score's reply, so from 0.5 on
     right = 0.5 + 0.5 * np.sign(margins)  # equal scores: half right
@@ -384,7 +388,7 @@ def main(cfg):
     tokenizer = own.scoring()
     items = []
     for record in read_comparisons(cfg.data):
-        if len(set(record["scores"])) > 1:
+        if min(len(set(record["scores"])), len(set(record["replies"]))) > 1:
             rows = comparison_rows(record, tokenizer, cfg.context)
             items.append((rows, torch.tensor(record["scores"]), record))
     trained = len(items) - int(len(items) * cfg.val_fraction)
@@ -413,12 +417,11 @@ def main(cfg):
         loss = 0.0
         for part in in_parts(groups, cfg.micro_tokens):
             scores = score_groups(model, [groups[i] for i in part], tokenizer, device)
-            partial = scores[0].sum() * 0.0  # an empty micro-batch has a gradient too
-            for i, found in zip(part, scores):
-                partial = partial + objective(found, labels[i].to(device))
-            partial = partial / count
+            empty = scores[0].sum() * 0.0  # a micro-batch without prompts has a gradient, too
+            losses = [objective(found, labels[i].to(device)) for i, found in zip(part, scores)]
+            partial = sum(losses, empty) / count
             optimizer.backward(partial)
-            loss += float(partial.detach())
+            loss += partial.item()
         lr = lr_at(step, steps, cfg.lr, cfg.warmup, cfg.min_lr)
         norm = optimizer.step(lr)
         [loss] = all_sum(loss, device=device)
@@ -427,7 +430,7 @@ def main(cfg):
             expected = f"{math.log(2):.4f} (ln 2)" if ranking else f"{square:.4f} (labels' square)"
             print0(f"first loss {loss:.4f}, expected {expected}")
         tokens = sum(len(row) for rows in groups for row in rows)
-        run.log(step, units=tokens, **{name: loss}, grad_norm=norm, lr=lr)
+        run.log(step, tokens=tokens, **{name: loss}, grad_norm=norm, lr=lr)
         run.boundary(step, model=optimizer)
 
     # 4. judge
@@ -503,7 +506,7 @@ def table(cfg):
 
 def met(demand, column) -> bool:
     """Whether a column does as "ROW >= number" or "<=" says, in the table's units: D4 5.1's
-    是否满足要求, behind which a model goes out or back into training."""
+    是否满足要求, where a model is released or sent back to training."""
     found = re.fullmatch(r"(.*?) *(>=|<=) *(-?[\d.]+)", demand)
     if not found or "mean" not in column.get(found[1], {}):
         raise SystemExit(f"--gate {demand!r}: not a row of the table, then >= or <= and a number")
@@ -538,12 +541,6 @@ def held_out(data, prompts, limit=0) -> tuple[list[dict], Counter]:
     return records, Counter(f"{r.get('family', '')} / combination" for r in asked)
 
 
-def read_result(folder, name) -> dict:
-    """A JSON file that a run left in its folder; {} where there is none."""
-    path = Path(folder, name)
-    return json.loads(path.read_text("utf-8")) if path.exists() else {}
-
-
 def markdown(columns) -> str:
     """The columns as a table; a row is named by whichever column is longest."""
     names = [Path(folder).name for folder in columns]
@@ -551,12 +548,12 @@ def markdown(columns) -> str:
     longest = max(columns.values(), key=len)  # a base model has no KL
     for row, cell in longest.items():
         if "mean" in cell:
-            cells = [shown(row, column.get(row)) for column in columns.values()]
+            cells = [cell_text(row, column.get(row)) for column in columns.values()]
             lines.append(f"| {row} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
-def shown(row, cell) -> str:
+def cell_text(row, cell) -> str:
     """A cell as text: its mean and the longer half of its interval."""
     if not cell:
         return "–"
@@ -575,7 +572,8 @@ def judge_model(folder, records, mix, cfg, device, dtype) -> dict:
     the others by their own template, so it has no KL to SFT."""
     # 1. replies: {(prompt, number): token ids}
     tokenizer = Tokenizer.load(folder)
-    base = read_result(folder, "run.json").get("script") == "pretrain.py"
+    told = Path(folder, "run.json")
+    base = told.exists() and read_object(told).get("script") == "pretrain.py"
     stop = tokenizer.text_end  # after it another text would begin
     end = stop if base else tokenizer.end
     prompts, greedy, samples = tasks(records, mix, cfg.samples, tokenizer, base)
@@ -747,8 +745,7 @@ def reply_logprobs(model, rows, device) -> list[float]:
         batch = []
         for prompt, reply in [rows[i] for i in part]:
             batch.append((prompt + reply, [0] * len(prompt) + [1] * len(reply)))
-        input_ids, targets = collate(batch, 0)
-        logprobs = token_logprobs(model, input_ids.to(device), targets.to(device))
+        logprobs = token_logprobs(model, *collate(batch, 0, device))
         mine |= zip(part, logprobs.sum(1).tolist())
     everyone = everywhere(mine)
     return [everyone[i] for i in range(len(rows))]
@@ -772,16 +769,14 @@ def reward_scores(cfg, records, device, dtype) -> list[float]:
     if not records or not holds_model(cfg.reward):
         return []
     tokenizer = Tokenizer.load(cfg.reward)
-    seen = read_result(cfg.reward, "eval.json")
-    mean = seen.get("score_mean", 0.0)
-    std = max(seen.get("score_std", 1.0), 1e-3)
+    mean, spread = score_norm(cfg.reward)
     model = load_model(cfg.reward, ScalarModel).requires_grad_(False)
     must_score(model, cfg.reward)
     context = model.config.max_position_embeddings
     groups = [comparison_rows(record, tokenizer, context) for record in records]
     sharded = Sharded(model, cfg.zero, dtype, device)
     scores = torch.cat(all_scores(sharded.model, groups, 8192, tokenizer, device))
-    return ((scores - mean) / std).tolist()
+    return ((scores - mean) / spread).tolist()
 
 
 def text_rows(model, tokenizer, cfg, device) -> dict:
@@ -805,6 +800,7 @@ if __name__ == "__main__":
     if sys.argv[1:2] == ["agree"]:
         parser = argparse.ArgumentParser("reward.py agree", description="How far two files agree.")
         parser.add_argument("files", nargs=2, metavar="FILE", help="what label or collect wrote")
+        let_print()
         sys.exit(agree(*parser.parse_args(sys.argv[2:]).files))
     named = sys.argv[1:] and sys.argv[1] in commands
     launch(*commands[sys.argv.pop(1) if named else "train"])

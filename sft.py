@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 
 from data import Tokenizer, Tokens, collate, epoch_rows, filled, my_micro_batches, read_rows
-from data import scores, show, trained
+from data import scores, show, target_count
 from model import Tuning, generate, load_model, save_model, token_logprobs, tune, weight_files
 from zero import Run, TuneConfig, all_sum, in_shares, launch, lr_at, optimizer_of, prepared, print0
 from zero import print_held, setup
@@ -49,8 +49,7 @@ class Config(TuneConfig):
 
 def nll_sum(model, rows, tokenizer, device):
     """Summed negative log-likelihood of the trained tokens of rows of (ids, mask)."""
-    input_ids, targets = collate(rows, tokenizer.pad)  # (B, T) each
-    return -token_logprobs(model, input_ids.to(device), targets.to(device)).sum()
+    return -token_logprobs(model, *collate(rows, tokenizer.pad, device)).sum()
 
 
 def my_parts(rows, cfg) -> list[list[tuple]]:
@@ -77,28 +76,24 @@ def evaluate(model, rows, tasks, tokenizer, cfg, device) -> dict:
         for part in my_parts(groups[task], cfg):
             mine[task] += float(nll_sum(model, part, tokenizer, device))
     totals = dict(zip(groups, all_sum(*mine.values(), device=device)))
-    result = {"loss": sum(totals.values()) / trained(rows)}
+    result = {"loss": sum(totals.values()) / target_count(rows)}
     if len(groups) > 1:
-        result["losses"] = {task: totals[task] / trained(groups[task]) for task in groups}
-        told = (f"{task or 'none'} {loss:.3g}" for task, loss in result["losses"].items())
+        result["losses"] = {task: totals[task] / target_count(groups[task]) for task in groups}
+        told = (f"{task} {loss:.3g}" for task, loss in result["losses"].items())
         print0("loss of each task: " + ", ".join(told))
     return result | judge_replies(model, rows, tokenizer)
 
 
 def last_reply(ids, mask) -> tuple[list[int], list[int]]:
     """What stands before a row's last reply, and the reply."""
-    stop = len(mask)
-    while not mask[stop - 1]:
-        stop -= 1
-    start = stop
-    while start > 0 and mask[start - 1]:
-        start -= 1
+    stop = len(mask) - mask[::-1].index(1)
+    start = stop - [*mask[:stop][::-1], 0].index(0)
     return ids[:start], ids[start:stop]
 
 
 def judge_replies(model, rows, tokenizer) -> dict:
-    """Greedy replies in place of the last ones of the first 64 rows, but for those that the context
-    cut; each process makes a share. Shows three; {} without any."""
+    """Exact match and ROUGE-L of greedy replies to the first 64 rows, against their last replies;
+    rows that --context cut are left out. Each process makes a share. Shows three; {} if none."""
     end = tokenizer.end
     asked = [last_reply(ids, mask) for ids, mask in rows[:64]]
     asked = [(prompt, reply) for prompt, reply in asked if prompt and reply[-1] == end]
@@ -120,36 +115,47 @@ def judge_replies(model, rows, tokenizer) -> dict:
 def learn(optimizer, rows, weight, tokenizer, cfg, device) -> float:
     """Adds the gradient of weight · mean loss per target token of all processes' rows; returns that
     mean, without the weight."""
-    count = trained(rows)
+    count = target_count(rows)
     mine = 0.0
     for part in my_parts(rows, cfg):
         partial = nll_sum(optimizer.model, part, tokenizer, device) / count
         optimizer.backward(weight * partial)
-        mine += float(partial.detach())
+        mine += partial.item()
     [loss] = all_sum(mine, device=device)
     return loss
 
 
-def weights_of(groups, setting, known) -> dict[str, float]:
-    """Each task's weight in a step's loss (D4 3.4), 1 in sum. setting: "sums=2,lists=0.5", others
-    weigh 1; or "uncertainty": 1 / its last known loss. D4's MultiTaskLoss learns s in exp(-s)·L + s
-    (Kendall et al. 2018), which is least where exp(s) = L: so nothing needs to be learned."""
-    if setting == "uncertainty":
-        weights = {task: 1 / max(1e-3, known.get(f"{task} loss", 1.0)) for task in groups}
-    else:
-        try:
-            given = {task: float(x) for task, x in (part.split("=") for part in setting.split(","))}
-        except ValueError:
-            raise SystemExit(f'--task-weights {setting}: write "task=2,other=0.5" or uncertainty')
+def given_weights(setting, tasks) -> dict[str, float]:
+    """--task-weights "sums=2,lists=0.5" as {task: weight}; {} of "uncertainty"."""
+    if setting in ("", "uncertainty"):
+        return {}
+    try:
+        given = {task: float(x) for task, x in (part.split("=") for part in setting.split(","))}
+    except ValueError:
+        raise SystemExit(f'--task-weights {setting}: write "task=2,other=0.5" or uncertainty')
+    unknown = given.keys() - set(tasks)
+    if unknown:
+        raise SystemExit(f"--task-weights {setting}: no row is of task {', '.join(unknown)}; the "
+                         f"data have {', '.join(sorted(set(tasks)))}")
+    return given
+
+
+def weights_of(groups, given, known) -> dict[str, float]:
+    """Each task's weight in a step's loss (D4 3.4), 1 in sum: as given, others weigh 1; or, with
+    none given, 1 / its last known loss. D4's MultiTaskLoss learns s in exp(-s)·L + s (Kendall et
+    al. 2018), which is least where exp(s) = L: so nothing needs to be learned."""
+    if given:
         weights = {task: given.get(task, 1.0) for task in groups}
+    else:
+        weights = {task: 1 / max(1e-3, known.get(f"{task} loss", 1.0)) for task in groups}
     total = sum(weights.values()) or 1.0
     return {task: weight / total for task, weight in weights.items()}
 
 
-def learn_tasks(optimizer, groups, known, tokenizer, cfg, device) -> dict:
+def learn_tasks(optimizer, groups, given, known, tokenizer, cfg, device) -> dict:
     """`learn` for each task by its weight: the weighted sum of their mean losses, and each."""
     losses = {"loss": 0.0}
-    for task, weight in weights_of(groups, cfg.task_weights, known).items():
+    for task, weight in weights_of(groups, given, known).items():
         loss = learn(optimizer, groups[task], weight, tokenizer, cfg, device)
         losses[f"{task} loss"] = loss
         losses["loss"] += weight * loss
@@ -186,6 +192,7 @@ def main(cfg):
     if cfg.template != "auto":
         tokenizer.template = cfg.template
     rows, tasks, val, val_tasks, told = read_data(cfg, tokenizer)
+    given = given_weights(cfg.task_weights, tasks)
     steps = cfg.steps or max(1, round(cfg.epochs * len(rows) / cfg.batch_size))
     files = [*cfg.data.split(","), *filter(None, cfg.val_data.split(","))]
     run = Run(cfg, steps, inputs=[*files, *weight_files(cfg.init)])
@@ -193,7 +200,7 @@ def main(cfg):
     share = filled([[len(ids) - 1] for ids, _ in rows], cfg)
     computed = sum(len(ids) - 1 for ids, _ in rows) / share
     print0(f"{told}\n{len(rows):,} rows to train on: a pass computes {computed:,.0f} tokens, "
-           f"{share:.0%} of them real, {trained(rows):,} targets; {len(val)} rows held out, "
+           f"{share:.0%} of them real, {target_count(rows):,} targets; {len(val)} rows held out, "
            f"{cfg.batch_size} per step, replay: {replay.paths if replay else 'none'}")
     print0("first sample, trained tokens in green:\n" + show(rows[:1], tokenizer))
 
@@ -211,7 +218,7 @@ def main(cfg):
         batch = [rows[i] for i in chosen]
         if cfg.task_weights:
             groups = by_task(batch, [tasks[i] for i in chosen])
-            losses = learn_tasks(optimizer, groups, known, tokenizer, cfg, device)
+            losses = learn_tasks(optimizer, groups, given, known, tokenizer, cfg, device)
             known |= losses
         else:
             losses = {"loss": learn(optimizer, batch, 1.0, tokenizer, cfg, device)}
@@ -223,7 +230,7 @@ def main(cfg):
             tokens += windows.size
         lr = lr_at(step, steps, cfg.lr, cfg.warmup, cfg.min_lr)
         norm = optimizer.step(lr)
-        run.log(step, units=tokens, **losses, grad_norm=norm, lr=lr)
+        run.log(step, tokens=tokens, **losses, grad_norm=norm, lr=lr)
         run.boundary(step, model=optimizer)
 
     # 4. judge

@@ -28,11 +28,11 @@ What happens when, to each unit (the parameters of a layer or block, in one flat
              AdamW on    all of it          1/N of it         1/N                  1/N
              weights     -                  all-gather        all-gather           -
 
-Offload moves the optimizer's part to the CPU: fp32 weights and moments, 12/N bytes of host memory.
-A step needs buffers besides: what it gathers (one layer, and the next one on its way), the gradient
-of a layer (and the one before, on its way). Every stage is the last one with one thing less kept:
-the update is always `adamw_` on a flat slice, the gradient always the sum over ranks of a flat
-buffer, so all stages give the same numbers. There is no wrapper around the model:
+Offload moves the optimizer's part to the CPU: fp32 weights and moments, 12/N bytes of host memory
+(stage 0: 12). A step needs buffers besides: what it gathers (one layer, and the next one on its
+way), the gradient of a layer (and the one before, on its way). Each stage keeps one thing less than
+the one before: the update is always `adamw_` on a flat slice, the gradient always the sum over
+ranks of a flat buffer, so all stages give the same numbers. There is no wrapper around the model:
     optimizer = AdamW(model, stage=3, ...);  optimizer.backward(loss);  optimizer.step(lr)
 A loss is a sum divided by its count over the whole optimizer step, all ranks and micro-batches:
 gradients are added, never averaged (D4 5.3.2's loss / accumulation_steps is a mean of means, wrong
@@ -66,7 +66,7 @@ os.environ.setdefault("GOMP_SPINCOUNT", "2000")
 
 import torch
 import torch.distributed as dist
-import torch.distributed.nn.functional  # a group there is becomes a default argument: never freed
+import torch.distributed.nn.functional  # now: a group that exists by then would stay for ever
 import torch.nn as nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -97,8 +97,8 @@ def plan(parameters, world, sixteen_bit=True, micro_batches=1, offload=False, on
 
 
 def gathered_once(config) -> int:
-    """The embedding, whose backward reads no weight, and the head, which is still there when
-    backward begins. A tied matrix is both: gathered once for each, twice after all."""
+    """How many parameters stage 3 gathers once, not twice: the embedding's (its backward reads no
+    weight) and the head's (still there when backward begins); a tied matrix counts as neither."""
     return 0 if config.tie_word_embeddings else 2 * config.vocab_size * config.hidden_size
 
 
@@ -119,7 +119,7 @@ SENT = {"bytes": 0}  # what this rank sent through reduce_scatter and all_gather
 
 
 def own_slice(full):
-    """Rank r's slice of a buffer of N equal slices: the r-th."""
+    """This rank's slice of a buffer of N equal slices."""
     return full.chunk(dist.get_world_size())[dist.get_rank()]
 
 
@@ -306,8 +306,8 @@ def named_units(module, path="", whole=False):
 class Sharded:
     """A model whose parameters live in flat units, in stage 3 gathered while their layer computes.
     By itself it serves frozen models (PPO's reference and reward model): no gradients, no Adam.
-    overlap: while a layer computes, the next one's weights travel in (stage 3) and the last one's
-    gradient travels out (stages 2 and 3), never more; else nothing travels while one computes."""
+    overlap: while a layer computes, the next one's weights travel in (stage 3) and the previous
+    one's gradient travels out (stages 2 and 3), never more; else nothing travels meanwhile."""
 
     def __init__(self, model, stage=0, dtype=None, device=None, overlap=True, offload=False):
         first = next(model.parameters())
@@ -478,7 +478,7 @@ class AdamW(Sharded):
         # fp16 gradients below 6e-8 vanish: the loss is scaled up, by trial (D4 2.4.2)
         self.scale = 65536.0 if self.dtype == torch.float16 else 1.0
         self.good = 0  # steps since the last overflow
-        mine = weakref.proxy(self)  # a hook in C++ that held us would keep us for ever
+        mine = weakref.proxy(self)  # a C++ hook that held self would keep the model alive for ever
         for unit in self.trained:
             for p in unit.places:
                 p.register_post_accumulate_grad_hook(lambda p: mine.on_grad(p))
@@ -701,7 +701,6 @@ def whole_state(manifest) -> tuple[dict, list[str]]:
 class BaseConfig:
     """What every command that runs a model can be told."""
 
-    out: str = "out/run"  # what is written
     seed: int = 0  # of weights, batches and samples
     zero: Literal[0, 1, 2, 3] = 0  # ZeRO stage
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: a GPU where there is one
@@ -715,6 +714,7 @@ class BaseConfig:
 class RunConfig(BaseConfig):
     """What every training script can be told besides; each adds its own and other defaults."""
 
+    out: str = "out/run"  # folder of this run
     fresh: bool = False  # start over instead of resuming what stands in --out
     steps: int = 1000  # optimizer steps
     batch_size: int = 32  # rows per optimizer step over all processes, whatever their number
@@ -779,6 +779,7 @@ def parse_config(Config, argv=None):
 def launch(main, Config, argv=None):
     """Runs main(config), under `python x.py` and `torchrun x.py` alike; if a rank fails, all end
     with its message."""
+    let_print()
     try:
         main(parse_config(Config, argv))
     except (Exception, SystemExit) as error:
@@ -788,6 +789,12 @@ def launch(main, Config, argv=None):
         raise SystemExit(first_failure(error)) from None
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+def let_print():
+    """A terminal that lacks a character, such as all Chinese ones, shows "?" in its place."""
+    if hasattr(sys.stdout, "reconfigure"):  # a notebook's has not
+        sys.stdout.reconfigure(errors="replace")
 
 
 def first_failure(error, patience=3.0) -> str:
@@ -997,7 +1004,7 @@ class Run:
         self.out = Path(cfg.out)
         self.metrics = self.out / "metrics.jsonl"
         self.shown = 0.0  # when `log` last printed a line
-        self.units = 0  # tokens since this start
+        self.tokens = 0  # since this start
         self.stopping = 0.0  # when the run was asked to stop
         for path in inputs:
             if not Path(path).is_file():
@@ -1089,14 +1096,14 @@ class Run:
         """What the run took so far, over all its processes."""
         return self.before + time.time() - self.began
 
-    def log(self, step, units=0, **metrics):
+    def log(self, step, tokens=0, **metrics):
         """Appends a line to metrics.jsonl, and now and then shows it. A loss that is not finite
         ends the run, on every rank, with nothing overwritten."""
         for name, value in metrics.items():
             if name.endswith("loss") and not math.isfinite(value):
                 raise SystemExit(f"step {step}: {name} is not finite; lower --lr, or look at the "
                                  "data of this step")
-        self.units += units
+        self.tokens += tokens
         if dist.get_rank() != 0:
             return
         record = {"step": step, **metrics, "seconds": round(self.seconds(), 3)}
@@ -1109,7 +1116,7 @@ class Run:
             left = int(elapsed / (step + 1 - self.first) * (self.steps - step - 1))
             values = "  ".join(f"{name} {value:.4g}" for name, value in metrics.items())
             line = (f"{self.out.name} {step + 1}/{self.steps}  {left // 60}:{left % 60:02d} left  "
-                    f"{self.units / elapsed:,.0f} tokens/s  {values}")
+                    f"{self.tokens / elapsed:,.0f} tokens/s  {values}")
             if terminal:  # over the line before; one that wraps could not be written over
                 line = "\r\033[K" + line[: shutil.get_terminal_size().columns - 1]
             print(line, end="" if terminal and not last else "\n", flush=True)
@@ -1254,6 +1261,7 @@ class MeasureConfig(BaseConfig):
     """What `zero.py measure` can be told."""
 
     model: str = "tiny"  # one of the presets that `python model.py` lists
+    zero: Literal[0, 1, 2, 3] = 3  # the last ZeRO stage to measure
     rows: int = 4  # rows of a micro-batch
     context: int = 128  # tokens per row
     micro_batches: int = 2  # per optimizer step
@@ -1381,7 +1389,7 @@ def measure(cfg, model):
     columns = dict.fromkeys(["parameters", "gradients", "optimizer", "buffers", "host",
                              "sent/step"], 14) | {"ms/step": 10, "memory": 16}  # and their widths
     print0(f"{'stage':>12}" + "".join(f"{name:>{width}}" for name, width in columns.items()))
-    for stage in range(4):
+    for stage in range(cfg.zero + 1):
         optimizer = build(stage)
         rest, peak = train_stage(optimizer, loss, cfg, device)
         for title, numbers in (("at rest", rest), ("peak", peak), ("plan", plans[stage])):

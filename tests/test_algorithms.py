@@ -172,7 +172,7 @@ def test_conversations_without_a_trained_token_are_dropped_and_counted(tmp_path)
     rows, _, said = read_rows(str(path), TOK, context=8)
     assert "1 cut to --context 8; dropped: 1 with their reply cut off, 1 without one; 43%" in said
     assert rows[0][1] == [0, 0, 0, 0, 1, 1, 1] and rows[0][0][4:6] == [*b"bc"]
-    assert sft.trained(rows) == 3 and sft.trained([(range(7), [1] * 7)]) == 6
+    assert sft.target_count(rows) == 3 and sft.target_count([(range(7), [1] * 7)]) == 6
 
 
 def test_a_misplaced_reply_is_what_this_prompt_must_not_get():

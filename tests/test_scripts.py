@@ -298,9 +298,13 @@ def test_a_fresh_run_with_another_vocabulary_trains_another_tokenizer(alone, sig
     (sft, "--init {road}/base --data {tmp}/odd.jsonl", "known formats"),
     (sft, "--init {road}/base --data {tmp}/long.jsonl --context 16", "no conversation has"),
     (dpo, "--init {road}/sft --data {tmp}/odd.jsonl", "a comparison needs"),
+    (sft, "--init {road}/base --data {road}/data/sft.jsonl --task-weights sumz=2", "no row is of task sumz"),
+    (sft, "--init {road}/base --data {tmp}/note.txt", "note.txt:1: not valid JSON (Expecting value); a .json"),
     (ppo, "--init {road}/sft --reward {road}/reward --prompts {tmp}/long.jsonl", "no prompt fits"),
     (reward, "--init {road}/sft --data {tmp}/same.jsonl", "different scores"),
     (dpo, "--init {road}/sft --data {tmp}/same.jsonl", "different scores"),
+    (reward, "--init {road}/sft --data {tmp}/equal.jsonl", "different scores"),
+    (dpo, "--init {road}/sft --data {tmp}/equal.jsonl", "different scores"),
     (reward.table, "--models {tmp}/none --data {tmp}/long.jsonl", "none of these folders"),
 ])
 def test_bad_input_ends_with_one_line_that_names_it(
@@ -323,6 +327,28 @@ def test_a_refusal_is_an_exit_code_and_no_traceback(road, tmp_path):
     assert "broken.jsonl:2" in said and "Traceback" not in said, said
 
 
+def test_a_broken_file_of_prompts_is_told_before_four_models_are_loaded(road, tmp_path, alone, monkeypatch):
+    bad_files(tmp_path)
+    monkeypatch.setattr(ppo, "open_models", lambda *_: pytest.fail("models were loaded"))
+    cfg = ppo.Config(init=f"{road[0]}/sft", reward=f"{road[0]}/reward", prompts=f"{tmp_path}/broken.jsonl",
+                     out=f"{tmp_path}/out", threads=1)
+    with pytest.raises(SystemExit, match="broken.jsonl:2"):
+        ppo.main(cfg)
+
+
+@pytest.mark.parametrize("command", ["data.py show {road}/data/sft.jsonl --tokenizer {road}/data", "data.py score note",
+                                     "sft.py --help", "model.py {road}/sft --prompt 你好 --max-new-tokens 4",
+                                     "reward.py agree {tmp}/mine.jsonl {tmp}/mine.jsonl"])
+def test_a_terminal_that_knows_ascii_alone_is_told_what_it_can_show(road, tmp_path, command):
+    labelled = {"question": "你好", "replies": ["好", "不好"], "scores": [1, 0]}
+    (tmp_path / "mine.jsonl").write_text(json.dumps(labelled), encoding="utf-8")
+    (tmp_path / "note").write_text(json.dumps({"prediction": "好", "answer": "好"}), encoding="utf-8")
+    command = command.replace("note", f"{tmp_path}/note").format(road=road[0], tmp=tmp_path)
+    done = subprocess.run([sys.executable, *command.split()], cwd=ROOT, capture_output=True,
+                          env=os.environ | {"PYTHONIOENCODING": "ascii"})
+    assert done.returncode == 0 and done.stdout, done.stderr
+
+
 def bad_files(folder):
     (folder / "empty.txt").write_text(" \n", encoding="utf-8")
     broken = '{"question": "a", "answer": "b"}\n{"question": \n'
@@ -332,6 +358,9 @@ def bad_files(folder):
     (folder / "long.jsonl").write_text(json.dumps(record), encoding="utf-8")
     same = {"question": "a", "replies": ["b", "c"], "scores": [1, 1]}
     (folder / "same.jsonl").write_text(json.dumps(same), encoding="utf-8")
+    equal = {"question": "a", "chosen": "b", "rejected": "b"}
+    (folder / "equal.jsonl").write_text(json.dumps(equal), encoding="utf-8")
+    (folder / "note.txt").write_text("a note", encoding="utf-8")
 
 
 def test_what_the_benchmark_times_still_runs(alone):
@@ -339,8 +368,8 @@ def test_what_the_benchmark_times_still_runs(alone):
     import bench
 
     config = ModelConfig(64, 16, 32, 1, 2, 1)
-    for step, tokens in bench.later_steps(config, torch.float32).values():
-        step()
+    for build, tokens in bench.later_steps(config, torch.float32).values():
+        build()()
         assert tokens in (2048, 4096)
     for phase in bench.ppo_phases(config, torch.float32):
         phase()

@@ -335,12 +335,12 @@ def weighted(setting, last, tasks):
     if setting == "uncertainty":
         weights = {task: 1 / last.get(task, 1.0) for task in tasks}
     else:
-        weights = {task: {"a": 2.0, "": 0.5}.get(task, 1.0) for task in tasks}
+        weights = {task: {"a": 2.0, "none": 0.5}.get(task, 1.0) for task in tasks}
     return {task: weight / sum(weights.values()) for task, weight in weights.items()}
 
 
 @pytest.mark.parametrize("setting, world, stage", [
-    ("a=2,=0.5", 1, 0), ("uncertainty", 1, 0), ("uncertainty", 2, 3)])
+    ("a=2,none=0.5", 1, 0), ("uncertainty", 1, 0), ("uncertainty", 2, 3)])
 def test_sft_weighs_the_mean_losses_of_tasks_and_is_judged_on_each(
         home, ranks, alone, tmp_path, monkeypatch, setting, world, stage):
     records = [record | task for record, task in zip(TALKS, TASKS)]
@@ -352,7 +352,7 @@ def test_sft_weighs_the_mean_losses_of_tasks_and_is_judged_on_each(
     for record in records:
         for row in readable([record], cfg):
             rows.append(row)
-            names.append(record.get("task", record.get("family", "")))
+            names.append(record.get("task", record.get("family", "none")))
     train = len(rows) - int(len(rows) * 0.4)
     net, last, total = load_model(home / "base", dtype=torch.float64), {}, []
 
@@ -396,8 +396,10 @@ def test_sft_weighs_the_mean_losses_of_tasks_and_is_judged_on_each(
 def test_weights_of_tasks_that_cannot_be_read_are_named():
     for setting in ("a", "a=x", "a=1,b"):
         with pytest.raises(SystemExit, match="--task-weights a.*: write"):
-            sft.weights_of({"a": []}, setting, {})
-    assert sft.weights_of({"a": [], "b": []}, "a=0,b=0", {}) == {"a": 0.0, "b": 0.0}
+            sft.given_weights(setting, ["a"])
+    with pytest.raises(SystemExit, match="no row is of task aa; the data have a, b"):
+        sft.given_weights("aa=2,b=1", ["b", "a", "b"])
+    assert sft.weights_of({"a": [], "b": []}, {"a": 0.0, "b": 0.0}, {}) == {"a": 0.0, "b": 0.0}
 
 
 def test_with_lora_a_saved_state_holds_what_is_trained_alone_and_goes_on_from_there(

@@ -372,7 +372,7 @@ def test_two_processes_under_zero_3_do_the_same_and_share_the_memory(plain, rank
         compare(found, plain)
         assert found.calls["Block"] == 1.5 * found.calls["Decoder"], "2 layers and 1, each once"
     models = held(both[0].said)
-    assert list(models) == ["policy", "reference", "value", "reward"]
+    assert list(models) == ["reference", "policy", "reward", "value"]
     for name, (trained, size) in models.items():
         net = plain.policy if name in ("policy", "reference") else plain.value
         weights = sum(p.numel() for p in net.parameters())
@@ -430,6 +430,20 @@ def test_a_run_that_diverges_ends_with_its_last_good_weights(plain, alone, ranks
         agree(weights(policy), weights(good.policy), "saved policy")
 
 
+def test_a_run_resumed_where_it_diverges_says_that_it_knows_no_better_weights(plain, alone, monkeypatch):
+    plain_boundary = zero.Run.boundary
+    monkeypatch.setattr(zero.Run, "boundary", lambda self, step, **optimizers: (
+        setattr(self, "stopping", self.first == 0 and step == 1), plain_boundary(self, step, **optimizers)))
+    with pytest.raises(SystemExit):
+        run(0, plain.root, "back", {})
+    monkeypatch.setattr(ppo, "diverged", lambda metrics, *_: f"KL {metrics['kl']:.6f}")
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+    folders = dict(init=f"{plain.root}/sft", reward=f"{plain.root}/reward", prompts=f"{plain.root}/prompts.json",
+                   ptx_data=f"{plain.root}/text.txt", out=f"{plain.root}/back", dtype="fp64", device="cpu", threads=1)
+    found = ppo.main(ppo.Config(**vars(FLAGS) | PLAIN | folders))
+    assert found["stopped"] == f"iteration 2: KL {plain.metrics[2]['kl']:.6f}; none before it are known"
+
+
 def test_a_run_whose_replies_no_longer_end_is_stopped(plain, alone, monkeypatch):
     plain_respond, calls = ppo.respond, []
 
@@ -442,7 +456,7 @@ def test_a_run_whose_replies_no_longer_end_is_stopped(plain, alone, monkeypatch)
 
     monkeypatch.setattr(ppo, "respond", respond)
     found = run(0, plain.root, "endless", {})
-    assert found.result["stopped"] == "iteration 2: no reply ends any more"
+    assert found.result["stopped"].startswith("iteration 2: no reply ends any more; the weights before")
 
 
 def test_a_run_stopped_half_way_goes_on_as_if_it_had_not(plain, alone, monkeypatch):
