@@ -15,6 +15,7 @@ import random
 import re
 import subprocess
 import sys
+from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -53,6 +54,16 @@ def harmless(record):
 
 def good(at, rng, count):
     return rng.sample(conversations(at, harmless), count)
+
+
+def of_each_task(at, count, more=()):
+    """The first `count` samples of each task, or more[task]."""
+    counts, taken = dict(more), Counter()
+
+    def keep(record):
+        taken[record["family"]] += 1
+        return taken[record["family"]] <= counts.get(record["family"], count)
+    return conversations(at, keep)
 
 
 def bad(at, rng, count, share):
@@ -132,6 +143,11 @@ PREPARED = {
     "good_10000": lambda at, rng: good(at, rng, 10_000),
     "bad_10000": lambda at, rng: bad(at, rng, 10_000, 0.3),
     "worse_10000": lambda at, rng: bad(at, rng, 10_000, 0.6),
+    "first_1000": lambda at, rng: conversations(at)[:1000],
+    "first_10000": lambda at, rng: conversations(at)[:10_000],
+    "last_1000": lambda at, rng: conversations(at)[-1000:],
+    **{f"tasks_{n}": lambda at, rng, n=n: of_each_task(at, n) for n in (100, 500, 1000)},
+    "half_translation": lambda at, rng: of_each_task(at, 275, {"zh2en": 2600, "en2zh": 2600}),
     "written_sums": lambda at, rng: sums(at, rng, True),
     "direct_sums": lambda at, rng: sums(at, rng, False),
     "without_sums": without_sums,
@@ -200,7 +216,8 @@ def shape(width, layers) -> str:
 
 
 SIZES = {f"width {width}, {layers} layers, {steps} steps": f"{shape(width, layers)} --steps {steps}"
-         for width, layers, steps in ((96, 3, 662), (192, 4, 167), (352, 5, 45))}
+         for width, layers, steps in ((32, 2, 3650), (64, 2, 1477), (96, 3, 662), (192, 4, 167),
+                                      (352, 5, 45))}
 
 
 def rounds(seed) -> str:
@@ -249,6 +266,41 @@ EXPERIMENTS = {
         ["exact match", "worst family"],
         [("1,000 good", ">", "10,000, 30 % of the replies wrong", "exact match"),
          ("1,000 good", ">", "10,000, 60 % of the replies wrong", "exact match")]),
+    "samples": Experiment(
+        "500 to 1,000 samples of a task are enough", "D0 L57, D3 L231",
+        {name: on(file, SFT_OF) + " --steps 600" for name, file in (
+            ("100 of each task", "tasks_100"), ("500", "tasks_500"), ("1,000", "tasks_1000"))}
+        | {"all 56,000": SFT_OF + " --steps 600"},
+        ["exact match", "worst family", "in new wordings"],
+        [("1,000", ">", "100 of each task", "exact match"),
+         ("1,000", ">", "all 56,000", "exact match")]),
+    "mixture": Experiment(
+        "the shares of the tasks have to be balanced", "D0 L59",
+        {"500 of each task": on("tasks_500"), "half of as many translation": on("half_translation")},
+        ["exact match", "worst family"],
+        [("500 of each task", ">", "half of as many translation", "exact match"),
+         ("500 of each task", ">", "half of as many translation", "worst family")]),
+    "epochs": Experiment(
+        "the more samples, the fewer passes: 10 over 1,000, 2 over 10,000", "D3 L265-271",
+        {f"{count:,} samples, {n} passes":
+             on(f"first_{count}", SFT_OF) + f" --epochs {n} --val-data {{last_1000}}"
+         for count, passes in ((1000, (2, 10, 40)), (10_000, (1, 2, 5))) for n in passes},
+        ["held-out loss", "exact match"],
+        [("1,000 samples, 10 passes", "<", "1,000 samples, 2 passes", "held-out loss"),
+         ("1,000 samples, 10 passes", "<", "1,000 samples, 40 passes", "held-out loss"),
+         ("10,000 samples, 2 passes", "<", "10,000 samples, 1 passes", "held-out loss"),
+         ("10,000 samples, 2 passes", "<", "10,000 samples, 5 passes", "held-out loss")]),
+    "lora": Experiment(
+        "LoRA takes a higher learning rate than full tuning", "D3 L272",
+        {"full, 1.4e-3": SFT, "full, 5e-3": SFT + " --lr 5e-3",
+         **{f"LoRA, {rate}": SFT + f" --tune lora --lr {rate}"
+            for rate in ("1.4e-3", "5e-3", "1.5e-2")},
+         **{f"LoRA of rank {r}, 5e-3": SFT + f" --tune lora --tune-size {r} --alpha {2 * r} --lr 5e-3"
+            for r in (1, 32)}},
+        ["exact match", "bits per byte"],
+        [("full, 1.4e-3", ">", "full, 5e-3", "exact match"),
+         ("LoRA, 5e-3", ">", "LoRA, 1.4e-3", "exact match")],
+        table=WITH_TEXT),
     "steps": Experiment(
         "a sum is learned by writing its steps, not by saying its result", "D3 L230, L252, D4 L178",
         {name: on("without_sums", TEXT).replace("{out}", "{out}-base") + " --steps 200;"
@@ -344,8 +396,8 @@ EXPERIMENTS = {
         "of one amount of computation a middle size makes the most", "D0 L14, D2 L53",
         {name: HELD_OUT + flags for name, flags in SIZES.items()},
         ["held-out bits per byte", "seconds"],
-        [(list(SIZES)[1], "<", list(SIZES)[0], "held-out bits per byte"),
-         (list(SIZES)[1], "<", list(SIZES)[2], "held-out bits per byte")]),
+        [(list(SIZES)[2], "<", list(SIZES)[0], "held-out bits per byte"),
+         (list(SIZES)[2], "<", list(SIZES)[4], "held-out bits per byte")]),
     "distillation": Experiment(
         "a small model learns more from a large one than from the text alone", "D4 L70, L236",
         {name: HELD_OUT + " --steps 400" + shape(96, 3) + flags for name, flags in (
@@ -398,6 +450,7 @@ MEASURES = {  # name: the file that has it, its name there, a factor
     "worst family": ("table", "exact match, worst family", 100),
     "refused": ("table", "harmful requests refused, T=1", 100),
     "look-alikes refused": ("table", "look-alikes refused, T=1", 100),
+    "in new wordings": ("table", "exact match, new wordings", 100),
     "in new frames": ("table", "look-alikes refused, new frames", 100),
     "ended": ("table", "replies that end", 100),
     "facts never asked about": ("table", "facts of people never asked about", 100),
@@ -408,6 +461,7 @@ MEASURES = {  # name: the file that has it, its name there, a factor
     "bits per byte": ("table", "bits per byte", 1),
     "held-out bits per byte": ("/eval.json", "bits_per_byte", 1),
     "new text, bits per byte": ("-judge/eval.json", "bits_per_byte", 1),
+    "held-out loss": ("/eval.json", "loss", 1),
     "loss of every reply": ("-judge/eval.json", "loss", 1),
     "pairs right": ("-judge/eval.json", "accuracy", 100),
     "pairs right, safety": ("-judge/eval.json", "accuracy safety", 100),

@@ -60,6 +60,16 @@ def test_bad_replies_are_another_questions_and_as_many_as_said(at):
     assert 2800 < wrong < 3200, "never the reply that was right"
 
 
+def test_of_each_task_the_first_so_many_or_so_many_more(at):
+    records = [turn(str(i), "y", ("zh2en", "pick", "en2zh")[i % 3]) for i in range(9000)]
+    write_jsonl(at / "data/sft.jsonl", records)
+    assert made("tasks_500", at) == records[:1500]
+    found = [record["family"] for record in made("half_translation", at)]
+    assert [found.count(name) for name in ("zh2en", "en2zh", "pick")] == [2600, 2600, 275]
+    first, last = made("first_1000", at), made("last_1000", at)
+    assert first == records[:1000] and last == records[8000:], "what is held out is not trained"
+
+
 def test_the_same_sums_with_steps_and_without(at):
     [written], [direct] = made("written_sums", at), made("direct_sums", at)
     assert written["messages"][1]["content"] == "1+2=3,答案是3"

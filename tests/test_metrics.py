@@ -86,7 +86,7 @@ def test_score_reads_predictions_beside_their_references_or_in_another_file(tmp_
 
 
 @pytest.mark.parametrize("records, references, message", [
-    ([{"prediction": "a"}], None, "--references"), ([{"answer": "a"}], None, "p.jsonl:1"),
+    ([{"prediction": "a"}], None, "--references"), ([{"answer": "a"}], None, 'p.jsonl:1: no "prediction" and no "messages"'),
     ([{"messages": [{"role": "user", "content": "?"}], "answer": "a"}], None, "reply"),
     ([{"prediction": "a"}] * 2, [talk("a")], "r.jsonl: 1 records; give 2")])
 def test_what_cannot_be_scored_ends_with_one_line(tmp_path, records, references, message):

@@ -320,6 +320,11 @@ def test_bad_input_ends_with_one_line_that_names_it(
     assert expected in said and stop.value.code, said
 
 
+def test_a_command_offers_no_flag_that_it_does_not_use():
+    for config, unused in ((reward.LabelConfig, "noise"), (zero.MeasureConfig, "out"), (zero.PlanConfig, "seed")):
+        assert unused not in config.__dataclass_fields__, "it is another command's"
+
+
 def test_a_refusal_is_an_exit_code_and_no_traceback(road, tmp_path):
     bad_files(tmp_path)
     said = run(f"sft.py --init {road[0]}/base --data {tmp_path}/broken.jsonl --out {tmp_path}/out",
