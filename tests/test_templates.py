@@ -35,8 +35,8 @@ def seen(monkeypatch):
             return plain(*arguments, **named)
         monkeypatch.setattr(module, name, watched)
 
-    watch(sft, "collate", "sft", lambda rows, pad: [ids for ids, _ in rows])
-    watch(dpo, "collate", "dpo_rows", lambda rows, pad: [ids for ids, _ in rows])
+    watch(sft, "collate", "sft", lambda rows, *_: [ids for ids, _ in rows])
+    watch(dpo, "collate", "dpo_rows", lambda rows, *_: [ids for ids, _ in rows])
     watch(reward, "pad_rows", "reward_rows", lambda rows, *_: rows)
     watch(reward, "generate", "", lambda net, prompts, *_: prompts)
     watch(ppo, "generate", "ppo", lambda net, prompts, *_: prompts)
