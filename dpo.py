@@ -168,7 +168,7 @@ def main(cfg):
         files += weight_files(cfg.reference)
     run = Run(cfg, steps, inputs=files)
     lengths = [[len(ids) - 1 for ids, _ in pair] for pair in pairs[:trained]]
-    print0(f"{trained} pairs, {held} held out; {filled(lengths, cfg):.0%} of all tokens are real")
+    print0(f"{trained} pairs, {held} held out; {filled(lengths, cfg):.0%} real tokens")
     # 2. models: what the reference says of every pair, and the policy
     shared = cfg.tune == "lora" and not cfg.reference  # the policy's base is the reference
     if not shared:  # a second model, let go before the policy is there

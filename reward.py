@@ -388,7 +388,7 @@ def main(cfg):
     tokenizer = own.scoring()
     items = []
     for record in read_comparisons(cfg.data):
-        if min(len(set(record["scores"])), len(set(record["replies"]))) > 1:
+        if len(set(record["scores"])) > 1 and len(set(record["replies"])) > 1:
             rows = comparison_rows(record, tokenizer, cfg.context)
             items.append((rows, torch.tensor(record["scores"]), record))
     trained = len(items) - int(len(items) * cfg.val_fraction)

@@ -42,7 +42,7 @@ class Config(TuneConfig):
     steps: int = 0  # optimizer steps; 0: as many as --epochs makes
     batch_size: int = 64  # conversations per optimizer step over all processes
     lr: float = 1.4e-3  # peak learning rate, after warmup
-    task_weights: str = ""  # of tasks in the loss: "sums=2,lists=0.5", or uncertainty
+    task_weights: str = ""  # of tasks in the loss: "name=2,count=0.5", or uncertainty
     tune: Tuning = "full"  # what is trained: model.py's `tune` explains each
     tune_size: int = 8  # LoRA's rank; an adapter's width; learned tokens; last blocks (freeze)
 
@@ -126,7 +126,7 @@ def learn(optimizer, rows, weight, tokenizer, cfg, device) -> float:
 
 
 def given_weights(setting, tasks) -> dict[str, float]:
-    """--task-weights "sums=2,lists=0.5" as {task: weight}; {} of "uncertainty"."""
+    """--task-weights "name=2,count=0.5" as {task: weight}; {} of "uncertainty"."""
     if setting in ("", "uncertainty"):
         return {}
     try:
